@@ -167,7 +167,7 @@ __device__ __forceinline__ void add_dq(u32 shared, const LanePlace& transposed, 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_keys(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared_bytes[];
     const u32 shared = (u32)__cvta_generic_to_shared(shared_bytes);
-    const Work w = find_work(p, false);
+    const Work w = find_work(p, blockIdx.x, false);
     if (w.tail) return zero_keys(p, w, w.k_start, w.k_len);
     // Keys hidden by key_lengths have gradient 0.
     if (p.key_lengths != nullptr) zero_keys(p, w, w.k_len, p.len_k - w.k_len);

@@ -67,7 +67,7 @@ __device__ __forceinline__ void hide(float (&s)[ROW_TILES][BLOCKS][4], const Par
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_queries(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared_bytes[];
     const u32 shared = (u32)__cvta_generic_to_shared(shared_bytes);
-    const Work w = find_work(p, p.causal);
+    const Work w = find_work(p, blockIdx.x, p.causal);
     u16* dq = at(p.dq, p.dq_strides, w, w.q_start);
     if (w.tail) return zero_rows(dq, p.dq_strides.row, w.q_len, p.head_dim, w.tile, p.tiles);
     if (w.tile * ROWS >= w.q_len) return;

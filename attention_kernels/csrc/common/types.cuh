@@ -50,9 +50,9 @@ __device__ __forceinline__ i64 clamp_row(i64 row, i64 low, i64 high) {
     return row < low ? low : row > high ? high : row;
 }
 
-__device__ __forceinline__ Work find_work(const Params& p, bool last_tile_first) {
+// `id` counts tiles, then heads, then sequences: blockIdx.x, or what a persistent block takes next.
+__device__ __forceinline__ Work find_work(const Params& p, u32 id, bool last_tile_first) {
     Work w;
-    const u32 id = blockIdx.x;
     w.tile = id % p.tiles;
     // Why: under a causal mask the last rows have most to do; started first, they leave no long tail.
     if (last_tile_first) w.tile = p.tiles - 1 - w.tile;
