@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise, product
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,26 +9,12 @@ from torch import Tensor
 
 import attention_kernels as ak
 from attention_kernels import cuda_ops, philox
+from tests.gpu.cases import NAN, SEED, Case, Guard, Rule, complaints, ours
 
 LENGTHS = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 257, 520]
 HEAD_DIMS = [8, 16, 24, 32, 40, 64, 80, 96, 128]
 KINDS = ["full", "cross", "ragged", "packed"]
 DTYPES = [torch.float16, torch.bfloat16]
-NAMES = ("out", "dq", "dk", "dv")
-SEED = [0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321]
-BAND = 4096
-NAN = float("nan")
-
-
-class Case(NamedTuple):
-    """Flat tensors (T, H, D), where each sequence lies in them, and the public function's arguments."""
-
-    tensors: list[Tensor]  # q, k, v, gradient of out
-    dlse: Tensor
-    q_ranges: list[tuple[int, int]]
-    k_ranges: list[tuple[int, int]]
-    offsets: list[int]
-    call: Callable[..., tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(autouse=True)
@@ -86,98 +71,13 @@ def packed(random: Callable[[int], Tensor], q_lengths: list[int], k_lengths: lis
     return Case(tensors, dlse, pairs[0], pairs[1], offsets, call)
 
 
-def formula(case: Case, dtype: torch.dtype, causal: bool, dropout_p: float, scale: float | None = None) -> list[Tensor]:
-    """Return out, dq, dk, dv, lse of the plain formula in `dtype`, one sequence after another."""
-    q, k, v, dout = (x.detach().to(dtype) for x in case.tensors)
-    heads, head_dim = q.shape[1:]
-    answers = [torch.zeros_like(x) for x in (q, q, k, v)]
-    lse_HT = torch.full((heads, len(q)), -torch.inf, dtype=dtype, device=q.device)
-    for sample, ((a, b), (c, d), offset) in enumerate(zip(case.q_ranges, case.k_ranges, case.offsets, strict=True)):
-        if a == b or c == d:
-            continue
-        leaves = [x.clone().requires_grad_() for x in (q[a:b], k[c:d], v[c:d])]
-        scores = torch.einsum("qhd,khd->hqk", leaves[0], leaves[1]) * (head_dim**-0.5 if scale is None else scale)
-        rows, columns = (torch.arange(n, device=q.device) for n in (b - a, d - c))
-        visible = columns <= rows[:, None] + offset if causal else torch.ones_like(columns > rows[:, None])
-        # Why: the gradient of softmax is NaN in a row of -inf, and would be in every key's sum.
-        seen = visible.any(-1)
-        scores = scores.masked_fill(~visible & seen[:, None], -torch.inf)
-        lse = torch.where(seen, scores.logsumexp(-1), -torch.inf)
-        weights = scores.softmax(-1) * seen[:, None]
-        if dropout_p:
-            count = philox.drop_count(dropout_p)
-            which = (torch.tensor([sample], device=q.device), torch.arange(heads, device=q.device))
-            seed = torch.tensor(SEED, device=q.device)
-            keep = philox.keep_mask(seed, count, *which, (0, b - a), (0, d - c))[0]
-            weights = weights * (keep.to(dtype) * philox.keep_scale(count))
-        out = torch.einsum("hqk,khd->qhd", weights, leaves[2])
-        dlse = torch.where(seen, case.dlse[:, a:b].to(dtype), 0.0)
-        grads = torch.autograd.grad((out, torch.where(seen, lse, 0.0)), leaves, (dout[a:b], dlse))
-        lse_HT[:, a:b] = lse.detach()
-        for x, part, piece in zip(
-            answers, (slice(a, b), slice(a, b), slice(c, d), slice(c, d)), (out, *grads), strict=True
-        ):
-            x[part] = piece.detach().nan_to_num()
-    return [*answers, lse_HT]
-
-
-def ours(case: Case, causal: bool, dropout_p: float, **more: object) -> list[Tensor]:
-    q, k, v, dout = case.tensors
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    seed = torch.tensor(SEED, device=q.device)
-    out, lse = case.call(q, k, v, causal=causal, dropout_p=dropout_p, dropout_seed=seed, **more)
-    grads = torch.autograd.grad((out, lse), (q, k, v), (dout, case.dlse))
-    return [out.detach(), *grads, lse.detach()]
-
-
-def complaints(case: Case, causal: bool, dropout_p: float, scale: float | None = None) -> list[str]:
-    """Return what is wrong in either form of the backward: errors beyond 2 (gradients 3) times PyTorch's, wrong lse."""
-    dtype = case.tensors[0].dtype
-    exact = formula(case, torch.float64, causal, dropout_p, scale)
-    plain = formula(case, dtype, causal, dropout_p, scale)
-    more = {} if scale is None else {"softmax_scale": scale}
-    wrong = []
-    for deterministic in (False, True):
-        found = ours(case, causal, dropout_p, deterministic=deterministic, **more)
-        form = "deterministic " if deterministic else ""
-        wrong += [form + text for text in compare(case, exact, plain, found, dropout_p, scale)]
-    return wrong
-
-
-def compare(
-    case: Case, exact: list[Tensor], plain: list[Tensor], found: list[Tensor], dropout_p: float, scale: float | None
-) -> list[str]:
-    wrong = []
-    dtype = case.tensors[0].dtype
-    q, k, _, dout = (x.double().nan_to_num() for x in case.tensors)
-    eps = torch.finfo(dtype).eps
-    # Why: D = rowsum(dO * out) takes out as it was saved, rounded; in a row of one or two keys dS is what is left of
-    # two equal terms, and PyTorch's may cancel exactly.
-    rounding = (
-        eps * (dout * exact[0]).abs().sum(-1).max().item() * (q.shape[-1] ** -0.5 if scale is None else abs(scale))
-    )
-    from_d = {"dq": rounding * k.abs().max().item(), "dk": rounding * q.abs().max().item()}
-    for name, factor, e, p, o in zip(NAMES, (2, 3, 3, 3), exact, plain, found, strict=False):
-        theirs, mine = ((x.double() - e).abs().max().item() if e.numel() else 0.0 for x in (p, o))
-        floor = 1e-5 + (eps * e.abs().max().item() if e.numel() else 0.0)
-        floor += from_d.get(name, 0.0) if dropout_p and len(q) <= 16 else 0.0
-        if not mine <= factor * theirs + floor:
-            wrong.append(f"{name} error {mine:.2e}, PyTorch's {theirs:.2e}")
-    lse, its = found[4].double(), exact[4]
-    if not torch.equal(lse.isneginf(), its.isneginf()):
-        wrong.append("lse is -inf elsewhere")
-    elif not torch.allclose(lse.nan_to_num(neginf=0), its.nan_to_num(neginf=0), rtol=1e-5, atol=1e-4):
-        wrong.append(f"lse error {(lse - its).abs().nan_to_num().max():.2e}")
-    return wrong
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_error_is_at_most_pytorchs_own_times_2_and_3(head_dim: int, kind: str, dtype: torch.dtype) -> None:
     wrong = []
     for length, causal, dropout_p in product(LENGTHS, (False, True), (0.0, 0.1)):
-        for text in complaints(make(kind, length, head_dim, dtype), causal, dropout_p):
+        for text in complaints(make(kind, length, head_dim, dtype), Rule(causal, dropout_p)):
             wrong.append(f"length {length} causal {causal} dropout {dropout_p}: {text}")
     assert not wrong, f"{len(wrong)} complaints\n" + "\n".join(wrong[:12])
 
@@ -187,48 +87,38 @@ def test_error_is_at_most_pytorchs_own_times_2_and_3(head_dim: int, kind: str, d
 def test_thousands_of_keys_and_heavy_dropout(head_dim: int, dtype: torch.dtype) -> None:
     wrong = []
     for kind, causal, dropout_p in product(("full", "packed"), (False, True), (0.0, 0.6)):
-        for text in complaints(make(kind, 2049, head_dim, dtype), causal, dropout_p):
+        for text in complaints(make(kind, 2049, head_dim, dtype), Rule(causal, dropout_p)):
             wrong.append(f"{kind} causal {causal} dropout {dropout_p}: {text}")
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0, 3.0])
 def test_any_softmax_scale(scale: float) -> None:
-    assert complaints(make("full", 200, 32, torch.bfloat16), False, 0.0, scale) == []
+    assert complaints(make("full", 200, 32, torch.bfloat16), Rule(scale=scale)) == []
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128])
 def test_outputs_lie_between_untouched_guard_bands(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    bands = []
-
-    def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        count = torch.Size(shape).numel()
-        size = count * dtype.itemsize
-        whole = torch.full((size + 2 * BAND,), 0x5A, dtype=torch.uint8, device=device)
-        inner = whole[BAND : BAND + size].view(dtype)
-        inner.fill_(NAN)
-        bands.append((whole[:BAND], whole[BAND + size :]))
-        return inner.view(shape)
-
-    monkeypatch.setattr(cuda_ops, "_empty", guarded)
+    guard = Guard(monkeypatch)
     for kind, length, causal in product(KINDS, (1, 63, 200), (False, True)):
-        found = ours(make(kind, length, head_dim, torch.bfloat16), causal, 0.1)
+        found = ours(make(kind, length, head_dim, torch.bfloat16), Rule(causal, 0.1))
         assert not any(x.isnan().any() for x in found), (
             f"{kind} {length}: an element was not written, or a NaN was read"
         )
-    assert bands and all((band == 0x5A).all() for pair in bands for band in pair)
+    assert guard.intact()
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 32, 64, 96, 128])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_250_repeats_give_the_same_bits(head_dim: int, dropout_p: float) -> None:
     case = make("packed", 700, head_dim, torch.bfloat16, heads=8)
-    first, exact = ours(case, True, dropout_p), ours(case, True, dropout_p, deterministic=True)
+    rule = Rule(True, dropout_p)
+    first, exact = ours(case, rule), ours(case, rule, deterministic=True)
     for _ in range(250):
-        again = ours(case, True, dropout_p)
+        again = ours(case, rule)
         for i in (0, 2, 3, 4):  # all but dq, whose sums have no fixed order
             assert torch.equal(again[i].nan_to_num(), first[i].nan_to_num())
-        again = ours(case, True, dropout_p, deterministic=True)
+        again = ours(case, rule, deterministic=True)
         assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(again, exact, strict=True))
 
 
@@ -265,7 +155,7 @@ def test_a_fused_projection_is_read_in_place(head_dim: int, monkeypatch: pytest.
 
 @pytest.mark.parametrize("head_dim", [4, 20, 33])
 def test_other_head_dims_and_odd_storage_are_copied(head_dim: int) -> None:
-    assert complaints(make("full", 70, head_dim, torch.float16), True, 0.0) == []
+    assert complaints(make("full", 70, head_dim, torch.float16), Rule(True)) == []
     odd = torch.randn(1 + 2 * 50 * 32, device="cuda", dtype=torch.float16)[1:].view(1, 50, 2, 32)
     assert torch.equal(ak.flash_attention(odd, odd, odd), ak.flash_attention(*(odd.clone() for _ in range(3))))
 
@@ -282,7 +172,7 @@ def test_extreme_scores(head_dim: int, dtype: torch.dtype) -> None:
         "all equal": (q * 0, k),
         "tiny": (q * 1e-6, k * 1e-2),
     }.items():
-        assert complaints(case._replace(tensors=[*changed, v, dout]), False, 0.1) == [], name
+        assert complaints(case._replace(tensors=[*changed, v, dout]), Rule(dropout_p=0.1)) == [], name
     largest = torch.finfo(torch.float16).max / head_dim
     out, lse = case.call(q.sign() * 100, k.sign() * largest, v)
     assert out.isfinite().all() and lse.isfinite().all()
