@@ -155,6 +155,9 @@ def _report(log: str, seconds: float) -> Report:
     def total(pattern: str) -> int:
         return sum(int(number) for number in re.findall(pattern, log))
 
+    # Why: products that the compiler makes wait for each other for want of registers cost like spills, and more.
+    if "instructions are serialized" in log:
+        raise CompileError(f"The compiler serialised the products of a kernel:\n{log}")
     spills = total(r"(\d+) bytes spill stores") + total(r"(\d+) bytes spill loads")
     return Report(total(r"Used (\d+) registers"), spills, total(r"(\d+) bytes smem"), round(seconds, 2))
 
@@ -216,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     asked = parser.parse_args(arguments)
     plans = all_plans() if asked.all else cover_plans()
-    work = [(plan, arch) for arch in asked.arch.split(",") for plan in plans]
+    work = [(plan, arch) for arch in asked.arch.split(",") for plan in plans if arch == "90a" or not plan.hopper]
     try:
         with ThreadPoolExecutor(asked.jobs) as pool:
             reports = [report for _, report in pool.map(lambda one: build(*one), work)]

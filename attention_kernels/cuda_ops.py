@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from attention_kernels import dispatch, launcher, philox
+from attention_kernels import dispatch, families, launcher, philox
 from attention_kernels.kernel_plan import Kernel, Plan, plan, width_of
 from attention_kernels.sequences import fixed_segments, packed_segments
 
@@ -213,13 +213,18 @@ class _Call:
         """Shape of lse and of the row statistics."""
         return (self.heads, self.total_q) if self.packed else (self.batch, self.heads, self.len_q)
 
+    def plan(self, kernel: Kernel) -> Plan:
+        """Return the plan of one of the call's kernels, of the best family that the device runs."""
+        hopper = launcher.is_hopper(self.device) and families.asked() != "generic"
+        return plan(kernel, self.head_dim, self.dtype, self.drop_count > 0, hopper)
+
     def fits(self, kernel: Kernel) -> bool:
         """Return whether the device has the shared memory that a kernel's tiles want (8.6 and 8.9 have 99 KB)."""
-        return launcher.fits(plan(kernel, self.head_dim, self.dtype, self.drop_count > 0), self.device)
+        return launcher.fits(self.plan(kernel), self.device)
 
     def launch(self, kernel: Kernel, longest: int, **tensors: Tensor | None) -> None:
         """Launch a kernel over every tile of `longest` rows, every head and every sequence."""
-        chosen = plan(kernel, self.head_dim, self.dtype, self.drop_count > 0)
+        chosen = self.plan(kernel)
         tiles = max(1, -(-longest // chosen.rows))
         if kernel in ("preprocess", "postprocess"):
             blocks = self._row_blocks(chosen)
@@ -230,6 +235,8 @@ class _Call:
             raise ValueError(
                 f"q is too large for one launch: {blocks} tiles of {chosen.rows} rows, at most {_MAX_BLOCKS}."
             )
+        if chosen.persistent:
+            blocks = min(blocks, launcher.blocks_at_a_time(chosen, self.device))
         launcher.launch(chosen, self.device, blocks, self._parameters(tiles, tensors))
 
     def _row_blocks(self, chosen: Plan) -> int:

@@ -13,7 +13,7 @@ Family = Literal["auto", "generic", "hopper"]
 
 VARIABLE = "ATTENTION_KERNELS_FAMILY"
 # The families that this version has kernels of.
-BUILT: tuple[Family, ...] = ("generic",)
+BUILT: tuple[Family, ...] = ("generic", "hopper")
 
 _asked: Family | None = None
 

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-Kernel = Literal["forward", "backward", "backward_keys", "backward_queries", "preprocess", "postprocess"]
+Kernel = Literal[
+    "forward",
+    "backward",
+    "backward_keys",
+    "backward_queries",
+    "preprocess",
+    "postprocess",
+    "hopper_forward",
+    "hopper_backward",
+]
 
 WIDTHS = (16, 32, 64, 96, 128)
 DTYPES = ("float16", "bfloat16")
@@ -26,7 +35,11 @@ class Tiles:
     step: int
     stages: int
     min_blocks: int  # blocks a multiprocessor that the compiler must leave registers for
-    shared_operands: int = 0  # backward over keys: 1 keeps v in shared memory instead of registers, 2 k as well
+    # What is read from shared memory instead of registers: 1 v and 2 k as well (generic backward over keys), 1 q (Hopper
+    # forward), 1 k and v (Hopper backward).
+    shared_operands: int = 0
+    ds_slots: int = 0  # Hopper backward: tiles of dS at a time
+    overlap: int = 0  # Hopper backward: 1 starts a tile's scores while the products before still run
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,8 @@ class Plan:
     @property
     def source(self) -> str:
         """Name of the file in csrc."""
+        if self.hopper:
+            return f"{self.kernel}.cu"
         return f"generic_{'backward_keys' if self._over_keys else self.kernel}.cu"
 
     @property
@@ -62,6 +77,10 @@ class Plan:
             "STAGES": t.stages,
             "MIN_BLOCKS": t.min_blocks,
         }
+        if self.hopper:
+            named["SHARED_OPERANDS"] = t.shared_operands
+            if self.kernel == "hopper_backward":
+                return named | {"DS_SLOTS": t.ds_slots, "OVERLAP": t.overlap}
         if self._over_keys:
             with_dq = int(self.kernel == "backward")
             return named | {"QUERY_TILE": t.tile, "SHARED_OPERANDS": t.shared_operands, "WITH_DQ": with_dq}
@@ -72,9 +91,19 @@ class Plan:
         return self.kernel in ("backward", "backward_keys")
 
     @property
+    def hopper(self) -> bool:
+        """Whether it is of the family for 9.0."""
+        return self.kernel.startswith("hopper_")
+
+    @property
     def threads(self) -> int:
-        """Threads a block."""
-        return 32 * self.tiles.warps
+        """Threads a block; the Hopper family has four warps more that copy."""
+        return 32 * (self.tiles.warps + 4 * self.hopper)
+
+    @property
+    def persistent(self) -> bool:
+        """Whether a block goes from one piece of work to the next: then a launch has as many as run at a time."""
+        return self.kernel == "hopper_forward"
 
     @property
     def rows(self) -> int:
@@ -88,6 +117,11 @@ class Plan:
             return 0
         t = self.tiles
         stage = 2 * t.tile * self.width * 2
+        if self.kernel == "hopper_forward":
+            return t.stages * (stage + 16) + t.shared_operands * self.rows * self.width * 2
+        if self.kernel == "hopper_backward":
+            slots = t.ds_slots * (self.rows * t.tile * 2 + 16)
+            return t.stages * (stage + 8 * t.tile + 16) + 2 * self.rows * self.width * 2 + slots + 8
         if not self._over_keys:
             return t.stages * stage
         with_dq = self.kernel == "backward"
@@ -140,18 +174,46 @@ _QUERIES = {
     128: Tiles(4, 1, 32, 16, 2, 2),
 }
 # Where dropout's registers ask for other tiles.
-_DROPOUT: dict[tuple[Kernel, int], Tiles] = {("forward", 16): Tiles(4, 2, 128, 32, 3, 3)}
+_DROPOUT: dict[tuple[Kernel, int], Tiles] = {
+    ("forward", 16): Tiles(4, 2, 128, 32, 3, 3),
+    ("hopper_forward", 32): Tiles(12, 1, 128, 64, 3, 1),
+    ("hopper_forward", 128): Tiles(8, 1, 128, 64, 2, 1),
+    ("hopper_backward", 32): Tiles(12, 1, 64, 0, 3, 1, 0, 2, 0),
+}
+# The Hopper family: four warps are a group of 64 rows.
+_HOPPER_FORWARD = {
+    32: Tiles(12, 1, 128, 128, 3, 1),
+    64: Tiles(12, 1, 128, 64, 3, 1),
+    96: Tiles(8, 1, 128, 128, 2, 1),
+    128: Tiles(8, 1, 128, 128, 2, 1),
+}
+_HOPPER_BACKWARD = {
+    32: Tiles(12, 1, 64, 0, 3, 1, 0, 2, 1),
+    64: Tiles(8, 1, 64, 0, 2, 1, 1, 2, 1),
+    96: Tiles(8, 1, 64, 0, 2, 1, 1, 2, 0),
+    128: Tiles(8, 1, 64, 0, 2, 1, 1, 2, 0),
+}
 _TABLES = {"forward": _FORWARD, "backward": _ALL, "backward_keys": _KEYS, "backward_queries": _QUERIES}
+_HOPPER: dict[Kernel, tuple[Kernel, dict[int, Tiles]]] = {
+    "forward": ("hopper_forward", _HOPPER_FORWARD),
+    "backward": ("hopper_backward", _HOPPER_BACKWARD),
+}
 
 
 @cache
-def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool) -> Plan:
-    """Return the plan of a call; `dtype` is "float16" or "bfloat16". Raises ValueError for another."""
+def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool = False) -> Plan:
+    """Return the plan of a call; `dtype` is "float16" or "bfloat16". Raises ValueError for another.
+
+    `hopper` asks for the family for 9.0 where it has the kernel and the width.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16 or bfloat16, got {dtype}.")
     if kernel == "preprocess":
         return Plan(kernel, WIDTHS[-1], dtype, False, Tiles(8, 1, 0, 0, 0, 1))
     width = width_of(head_dim)
+    if hopper and width in _HOPPER.get(kernel, (kernel, {}))[1]:
+        kernel, tables = _HOPPER[kernel]
+        return Plan(kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tables[width]) if dropout else tables[width])
     if kernel == "postprocess":
         return Plan(kernel, width, dtype, False, Tiles(8, 1, 0, 0, 0, 1))
     tiles = _TABLES[kernel][width]
@@ -162,7 +224,14 @@ def all_plans() -> list[Plan]:
     """Return every variant that a call can ask for."""
     loops = [plan(k, w, d, drop) for k in _LOOPS for w in WIDTHS for d in DTYPES for drop in (False, True)]
     loops += [plan("postprocess", w, d, False) for w in WIDTHS for d in DTYPES]
+    loops += hopper_plans()
     return loops + [plan("preprocess", 0, dtype, False) for dtype in DTYPES]
+
+
+def hopper_plans() -> list[Plan]:
+    """Return every variant of the family for 9.0."""
+    kinds = [(kernel, width) for kernel, (_, table) in _HOPPER.items() for width in table]
+    return [plan(k, w, d, drop, hopper=True) for k, w in kinds for d in DTYPES for drop in (False, True)]
 
 
 def cover_plans() -> list[Plan]:

@@ -49,6 +49,19 @@ def fits(plan: Plan, device: torch.device) -> bool:
 
 
 @cache
+def is_hopper(device: torch.device) -> bool:
+    """Return whether the device is of compute capability 9.0."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def blocks_at_a_time(plan: Plan, device: torch.device) -> int:
+    """Return how many blocks of a plan run on the device at once."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count) * plan.tiles.min_blocks
+
+
+@cache
 def _shared_limit(device: torch.device) -> int:
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)

@@ -1,0 +1,84 @@
+// Warp specialisation: barriers between the warpgroup that copies and those that compute, their registers, and copies into
+// the tiles of wgmma.cuh.
+//
+// Why cp.async and not the tensor copy engine (TMA): rows past a sequence's end must not be read, whatever lies there, and
+// are zeros in the tile; TMA knows the bounds of a tensor, not of a packed sequence or of key_lengths. At head dims up to
+// 128 a tile costs its copiers a few percent of the issue slots, and there is no tensor map to encode for each call.
+#pragma once
+#include "tiles.cuh"
+#include "wgmma.cuh"
+
+#define COPIERS 128
+
+// Registers a thread: the block starts with an even share; copiers give up what the computing warpgroups take.
+__device__ constexpr int even_share(int groups, int blocks) { return 65536 / (blocks * (groups + 1) * 128) / 8 * 8; }
+__device__ constexpr int copier_registers(int groups, int blocks) { return even_share(groups, blocks) >= 168 ? 40 : 32; }
+__device__ constexpr int computer_registers(int groups, int blocks) {
+    const int share = (even_share(groups, blocks) * (groups + 1) - copier_registers(groups, blocks)) / groups / 8 * 8;
+    return share < 240 ? share : 240;
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+__device__ __forceinline__ void make_barrier(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Once for the warp, after all its lanes.
+__device__ __forceinline__ void arrive_warp(u32 barrier) {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) arrive(barrier);
+}
+
+// Until the barrier's phase of this parity is complete.
+__device__ __forceinline__ void await(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+            : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    } while (!done);
+}
+
+// What this thread wrote to shared memory becomes visible to the tensor cores; before it tells them that it is there.
+__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A ring of buffers: `filled` is arrived at by copiers, `emptied` by readers. Round r of a buffer waits for parity r % 2.
+struct Ring {
+    u32 slot, round;
+
+    template <int SLOTS>
+    __device__ __forceinline__ void next() {
+        if (++slot == SLOTS) slot = 0, ++round;
+    }
+    __device__ __forceinline__ u32 filled() const { return round & 1; }
+    __device__ __forceinline__ u32 emptied() const { return (round & 1) ^ 1; }  // passes at once in round 0
+};
+
+// Copies rows [first, first + ROWS) of a matrix to a tile with 128 threads. Rows from `num_rows` on and columns from
+// `head_dim` on are zeros in the tile and are not read: what lies there may be anything, NaN included.
+template <int ROWS>
+__device__ __forceinline__ void copy_panels(u32 tile, const u16* base, i64 row_stride, int first, int num_rows, int head_dim) {
+    constexpr int ROW_CHUNKS = HEAD_DIM / 8, PANEL_CHUNKS = PANEL / 8;
+    constexpr int USED = COPIERS / (8 * ROW_CHUNKS) * (8 * ROW_CHUNKS), ROWS_A_PASS = USED / ROW_CHUNKS;
+    static_assert(ROWS % ROWS_A_PASS == 0 || ROWS < ROWS_A_PASS, "threads share the chunks evenly");
+    static_assert(ROWS_A_PASS % 8 == 0, "a pass keeps the turn of a row");
+    const int thread = threadIdx.x % COPIERS, row = thread / ROW_CHUNKS, chunk = thread % ROW_CHUNKS;
+    if (thread >= min(USED, ROWS * ROW_CHUNKS)) return;
+    const u16* from = base + (i64)(first + row) * row_stride + chunk * 8;
+    const int left = chunk * 8 < head_dim ? num_rows - first - row : 0;
+    const u32 to = tile + chunk / PANEL_CHUNKS * (ROWS * PANEL_ROW) + row * PANEL_ROW + ((chunk % PANEL_CHUNKS ^ turn(row)) << 4);
+#pragma unroll
+    for (int r = 0; r < ROWS; r += ROWS_A_PASS) copy16(to + r * PANEL_ROW, from + r * row_stride, r < left);
+}

@@ -1,0 +1,347 @@
+// Backward for compute capability 9.0a: dK and dV of KEYS keys of one head a block, looping over all queries, and their
+// share of dQ through float32 atomics. (The deterministic form is the generic family's two kernels.)
+//
+// Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
+//   WARPS (computing, four a group), STAGES (of 64 queries), DS_SLOTS, MIN_BLOCKS,
+//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory),
+//   OVERLAP (1: dV and dK of a tile may still run when the scores of the next start; takes 32 registers more).
+//
+// The last warpgroup copies tiles of q, dO and the row statistics; each of the others owns 64 keys:
+//
+//     S^T = K Q^T    P^T = exp2(S^T c - lse2)    dP^T = V dO^T    dS^T = P^T (keep dP^T - D)    D = rowsum(dO O) - dlse
+//     dV += P^T dO   dK += dS^T Q   (P^T and dS^T from registers)
+//
+// dQ = dS K runs over the keys of all groups. They lay dS^T into a slot of shared memory; one group, another for each
+// tile in turn, multiplies the whole slot with K during its next tile, when the others have long written theirs, and adds
+// 64 rows to the float32 buffer whose order of columns generic_backward_keys.cu describes.
+#include "common/philox.cuh"
+#include "common/warpgroups.cuh"
+
+#define GROUPS (WARPS / 4)
+#define KEYS (WARPS * 16)
+#define QUERY_TILE 64
+#define KEYS_BYTES (KEYS * ROW_BYTES)
+#define TILE_BYTES (QUERY_TILE * ROW_BYTES)
+#define DS_ROW (QUERY_TILE * 2)
+// Shared memory: K | V | STAGES x (q, dO) | DS_SLOTS x dS^T (KEYS rows of 64 queries) | STAGES x statistics | barriers
+#define V_AT KEYS_BYTES
+#define TILES_AT (2 * KEYS_BYTES)
+#define DS_AT (TILES_AT + STAGES * 2 * TILE_BYTES)
+#define STATS_AT (DS_AT + DS_SLOTS * KEYS * DS_ROW)
+#define BARRIERS_AT (STATS_AT + STAGES * QUERY_TILE * 8)
+
+typedef float Block[QUERY_TILE / 8][4];    // 64 keys x 64 queries a group
+typedef u32 Fragments[QUERY_TILE / 16][4];  // the same rounded: A of the products over queries
+typedef float Sums[HEAD_DIM / 8][4];
+
+struct Places {
+    u32 shared;
+    __device__ __forceinline__ u32 queries(u32 slot) const { return shared + TILES_AT + slot * 2 * TILE_BYTES; }
+    __device__ __forceinline__ u32 ds(u32 slot) const { return shared + DS_AT + slot * KEYS * DS_ROW; }
+    __device__ __forceinline__ u32 stats(u32 slot) const { return shared + STATS_AT + slot * QUERY_TILE * 8; }
+    __device__ __forceinline__ u32 filled(u32 slot) const { return shared + BARRIERS_AT + slot * 8; }
+    __device__ __forceinline__ u32 emptied(u32 slot) const { return shared + BARRIERS_AT + (STAGES + slot) * 8; }
+    __device__ __forceinline__ u32 ds_filled(u32 slot) const { return shared + BARRIERS_AT + (2 * STAGES + slot) * 8; }
+    __device__ __forceinline__ u32 ds_emptied(u32 slot) const { return shared + BARRIERS_AT + (2 * STAGES + DS_SLOTS + slot) * 8; }
+    __device__ __forceinline__ u32 keys_filled() const { return shared + BARRIERS_AT + 2 * (STAGES + DS_SLOTS) * 8; }
+};
+
+// Causal: key c is seen by rows from c - offset on.
+__device__ __forceinline__ int first_tile(const Params& p, const Work& w) {
+    return p.causal ? max(0, w.tile * KEYS - w.offset) / QUERY_TILE : 0;
+}
+
+__device__ __forceinline__ void copy_all(const Params& p, const Places& places, const Work& w) {
+    const u16* q = at(p.q, p.q_strides, w, w.q_start);
+    const u16* dout = at(p.dout, p.dout_strides, w, w.q_start);
+    const float2* stats = p.stats + stats_at(p, w);
+    copy_panels<KEYS>(places.shared, at(p.k, p.k_strides, w, w.k_start), p.k_strides.row, w.tile * KEYS, w.k_len, p.head_dim);
+    copy_panels<KEYS>(places.shared + V_AT, at(p.v, p.v_strides, w, w.k_start), p.v_strides.row, w.tile * KEYS, w.k_len, p.head_dim);
+    commit_copies();
+    u32 behind = places.keys_filled();  // the barrier of the copies that are on their way
+    Ring ring = {0, 0};
+    const int thread = threadIdx.x % COPIERS, num_tiles = (w.q_len + QUERY_TILE - 1) / QUERY_TILE;
+    for (int tile = first_tile(p, w); tile < num_tiles; ++tile) {
+        await(places.emptied(ring.slot), ring.emptied());
+        const u32 to = places.queries(ring.slot);
+        copy_panels<QUERY_TILE>(to, q, p.q_strides.row, tile * QUERY_TILE, w.q_len, p.head_dim);
+        copy_panels<QUERY_TILE>(to + TILE_BYTES, dout, p.dout_strides.row, tile * QUERY_TILE, w.q_len, p.head_dim);
+        // Rows past the end are zeros throughout: P is 1 there, but dO, D and q are 0 and add nothing.
+        const int row = tile * QUERY_TILE + thread;
+        if (thread < QUERY_TILE) copy8(places.stats(ring.slot) + thread * 8, stats + row, row < w.q_len);
+        commit_copies();
+        wait_copies<1>();
+        show_to_products();
+        arrive(behind);
+        behind = places.filled(ring.slot);
+        ring.next<STAGES>();
+    }
+    wait_copies<0>();
+    show_to_products();
+    arrive(behind);
+}
+
+// P of pairs that do not see each other becomes 0. Keys past the end are such too: what they hold stays in rows of their
+// own in dK and dV, but dQ sums over keys. Why a block of its own: mixed into the main path, every step pays for it.
+__device__ __forceinline__ void hide(Block& s, const Params& p, const Work& w, int first_key, int row) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int key = first_key + 8 * h + (lane >> 2);
+        const int first_seen = (key >= w.k_len ? 0x7fffffff : p.causal ? key - w.offset : 0) - row - 2 * (lane & 3);
+#pragma unroll
+        for (int n = 0; n < QUERY_TILE / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (8 * n + e < first_seen) s[n][2 * h + e] = 0.f;
+    }
+}
+
+// The masks of 16 queries x this warp's 16 keys, turned to keys x queries: [key half][query half].
+__device__ __forceinline__ void turned_masks(u32 (&masks)[2][2], const Params& p, const Philox& philox, int row, int first_key) {
+    u32 keep[4];
+    keep_bits(keep, p, philox, row >> 4, first_key >> 5);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const u32 bits = first_key & 16 ? keep[2 + h] : keep[h];
+        masks[h][0] = transpose8x8(pair_mask<0>(bits));
+        masks[h][1] = transpose8x8(pair_mask<1>(bits));
+    }
+}
+
+// P and dS from scores that hold P already: rounds both, with the dropout mask laid over them.
+__device__ __forceinline__ void differentiate(Fragments& weights, Fragments& ds, const Block& s, const Block& dp, u32 stats,
+                                              const Params& p, const Philox& philox, int row, int first_key) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int step = 0; step < QUERY_TILE / 16; ++step) {
+#if DROPOUT
+        u32 masks[2][2];
+        turned_masks(masks, p, philox, row + 16 * step, first_key);
+#endif
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int n = 2 * step + half;
+            float d0, d1;  // D of queries 2t and 2t + 1
+            asm volatile("{.reg .f32 a, b; ld.shared.v4.f32 {a, %0, b, %1}, [%2];}" : "=f"(d0), "=f"(d1) : "r"(stats + n * 64 + (lane & 3) * 16));
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float x = s[n][2 * h], y = s[n][2 * h + 1];
+                float gx = dp[n][2 * h], gy = dp[n][2 * h + 1];
+                u32 rounded = pack(x, y);
+#if DROPOUT
+                const u32 pair = masks[h][half];
+                rounded &= pair;
+                gx = masked(gx, low_mask(pair)) * p.keep_scale;
+                gy = masked(gy, high_mask(pair)) * p.keep_scale;
+#endif
+                weights[step][2 * half + h] = rounded;
+                ds[step][2 * half + h] = pack(x * (gx - d0), y * (gy - d1));
+            }
+        }
+    }
+}
+
+// Lays this warp's dS^T into the slot: key rows of 8 chunks, chunk c at place c ^ (key % 8): the 128-byte swizzle.
+__device__ __forceinline__ void write_ds(u32 slot, const Fragments& ds, int warp_key) {
+    const int lane = threadIdx.x & 31, key = warp_key + (lane & 15);
+#pragma unroll
+    for (int step = 0; step < QUERY_TILE / 16; ++step) {
+        const u32 place = slot + key * DS_ROW + ((2 * step + (lane >> 4) ^ (key & 7)) << 4);
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(ds[step][0]),
+                     "r"(ds[step][1]), "r"(ds[step][2]), "r"(ds[step][3]) : "memory");
+    }
+}
+
+__device__ __forceinline__ void add4(float* to, float a, float b, float c, float d) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
+// dQ of 64 queries from all the block's keys, by one group.
+__device__ __forceinline__ void add_dq(const Places& places, const Ring& ds, const Params& p, const Work& w, int first_query) {
+    await(places.ds_filled(ds.slot), ds.filled());
+    const u32 ds_place = place_of(places.ds(ds.slot)), k_place = place_of(places.shared);
+    Sums dq;
+    open_products();
+#pragma unroll
+    for (int key = 0; key < KEYS; key += 16)
+        Product<HEAD_DIM>::shared<true, true>(dq, descriptor(ds_place + key * DS_ROW / 16, 16, 8 * DS_ROW, SWIZZLE_128),
+                                              rows_inside<KEYS>(k_place, key), key > 0);
+    close_products();
+    wait_products<0>();
+    arrive_warp(places.ds_emptied(ds.slot));
+    const int lane = threadIdx.x & 31, row = first_query + ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2);
+    float* to = p.dq_sums + (stats_at(p, w) + row) * HEAD_DIM + 4 * (lane & 3);
+#pragma unroll
+    for (int d = 0; d < K_STEPS; ++d) {
+        if (16 * d >= p.head_dim) break;
+        if (row < w.q_len) add4(to + 16 * d, dq[2 * d][0], dq[2 * d][1], dq[2 * d + 1][0], dq[2 * d + 1][1]);
+        if (row + 8 < w.q_len) add4(to + 8 * HEAD_DIM + 16 * d, dq[2 * d][2], dq[2 * d][3], dq[2 * d + 1][2], dq[2 * d + 1][3]);
+    }
+}
+
+struct Keys {
+#if !SHARED_OPERANDS
+    u32 k[K_STEPS][4], v[K_STEPS][4];
+#endif
+    Sums dk, dv;
+};
+
+__device__ __forceinline__ void load_keys(Keys& keys, const Params& p, const Work& w, int first_key) {
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM / 8; ++d)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) keys.dk[d][c] = keys.dv[d][c] = 0.f;
+#if !SHARED_OPERANDS
+#pragma unroll
+    for (int kk = 0; kk < K_STEPS; ++kk) {
+        load_fragment(keys.k[kk], at(p.k, p.k_strides, w, w.k_start), p.k_strides.row, first_key, w.k_len, 16 * kk, p.head_dim);
+        load_fragment(keys.v[kk], at(p.v, p.v_strides, w, w.k_start), p.v_strides.row, first_key, w.k_len, 16 * kk, p.head_dim);
+    }
+#endif
+}
+
+// 64 keys x 64 queries: the group's rows of K with q, or of V with dO.
+__device__ __forceinline__ void multiply_rows(Block& s, u32 tile, const u32 (&fragments)[K_STEPS][4], u32 keys) {
+    const u32 place = place_of(tile), keys_place = place_of(keys + threadIdx.x / 128 * 64 * PANEL_ROW);
+#pragma unroll
+    for (int kk = 0; kk < K_STEPS; ++kk) {
+        const u64 b = rows_outside<QUERY_TILE>(place, 0, kk);
+#if SHARED_OPERANDS
+        Product<QUERY_TILE>::shared<false, false>(s, rows_outside<KEYS>(keys_place, 0, kk), b, kk > 0);
+#else
+        Product<QUERY_TILE>::registers<false>(s, fragments[kk], b, kk > 0);
+#endif
+    }
+}
+
+__device__ __forceinline__ void multiply_queries(Sums& sums, const Fragments& a, u32 tile) {
+    const u32 place = place_of(tile);
+#pragma unroll
+    for (int step = 0; step < QUERY_TILE / 16; ++step)
+        Product<HEAD_DIM>::registers<true>(sums, a[step], rows_inside<QUERY_TILE>(place, 16 * step), true);
+}
+
+__device__ __forceinline__ void exponentiate(Block& s, u32 stats, float scale_log2) {
+#pragma unroll
+    for (int n = 0; n < QUERY_TILE / 8; ++n) {
+        float lse0, lse1;
+        asm volatile("{.reg .f32 a, b; ld.shared.v4.f32 {%0, a, %1, b}, [%2];}" : "=f"(lse0), "=f"(lse1) : "r"(stats + n * 64 + (threadIdx.x & 3) * 16));
+#pragma unroll
+        for (int c = 0; c < 4; ++c) s[n][c] = exp2_fast(fmaf(s[n][c], scale_log2, -(c & 1 ? lse1 : lse0)));
+    }
+}
+
+__device__ __forceinline__ void differentiate_all(const Params& p, const Places& places, const Work& w) {
+    const int warp = threadIdx.x >> 5, group = warp / 4, first_key = w.tile * KEYS + warp * 16;
+    const int group_key = w.tile * KEYS + group * 64;
+    const int start = first_tile(p, w), num_tiles = (w.q_len + QUERY_TILE - 1) / QUERY_TILE;
+    Keys keys;
+    load_keys(keys, p, w, first_key);
+#if SHARED_OPERANDS
+    const u32 none[K_STEPS][4] = {};
+    const u32(&k)[K_STEPS][4] = none, (&v)[K_STEPS][4] = none;
+#else
+    const u32(&k)[K_STEPS][4] = keys.k, (&v)[K_STEPS][4] = keys.v;
+#endif
+#if DROPOUT
+    const Philox philox = start_philox(p, w);
+#else
+    const Philox philox = {};
+#endif
+    await(places.keys_filled(), 0);
+    Ring ring = {0, 0}, ds_ring = {0, 0}, ds_before = {0, 0};
+#if OVERLAP
+    u32 reading = STAGES;  // the stage that queued products may still read
+#endif
+    int turn_of = 0;       // the group that adds dQ of this tile
+
+#pragma unroll 1
+    for (int tile = start; tile < num_tiles; ++tile) {
+        const int row = tile * QUERY_TILE;
+        const u32 q_tile = places.queries(ring.slot), dout_tile = q_tile + TILE_BYTES;
+        Block s, dp;
+        Fragments weights, ds;
+        await(places.filled(ring.slot), ring.filled());
+        open_products();
+        multiply_rows(s, q_tile, k, places.shared);
+        close_products();
+#if OVERLAP
+        wait_products<1>();
+        if (reading < STAGES) arrive_warp(places.emptied(reading));
+#endif
+        open_products();
+        multiply_rows(dp, dout_tile, v, places.shared + V_AT);
+        close_products();
+        wait_products<1>();
+        exponentiate(s, places.stats(ring.slot), p.scale_log2);
+        if ((p.causal && row + w.offset < group_key + 63) || group_key + 64 > w.k_len) hide(s, p, w, first_key, row);
+        wait_products<0>();
+        differentiate(weights, ds, s, dp, places.stats(ring.slot), p, philox, row, first_key);
+        await(places.ds_emptied(ds_ring.slot), ds_ring.emptied());
+        write_ds(places.ds(ds_ring.slot), ds, warp * 16);
+        show_to_products();
+        arrive_warp(places.ds_filled(ds_ring.slot));
+        open_products();
+        multiply_queries(keys.dv, weights, dout_tile);
+        multiply_queries(keys.dk, ds, q_tile);
+        close_products();
+#if !OVERLAP
+        wait_products<0>();
+        arrive_warp(places.emptied(ring.slot));
+#endif
+        // The tile before: by now all groups have written it.
+        const int turn_before = turn_of == 0 ? GROUPS - 1 : turn_of - 1;
+        if (tile > start && turn_before == group) add_dq(places, ds_before, p, w, row - QUERY_TILE);
+        turn_of = turn_of + 1 == GROUPS ? 0 : turn_of + 1;
+#if OVERLAP
+        reading = ring.slot;
+#endif
+        ds_before = ds_ring;
+        ring.next<STAGES>();
+        ds_ring.next<DS_SLOTS>();
+    }
+    const int turn_before = turn_of == 0 ? GROUPS - 1 : turn_of - 1;
+    if (num_tiles > start && turn_before == group) add_dq(places, ds_before, p, w, (num_tiles - 1) * QUERY_TILE);
+    wait_products<0>();
+    u16* dk = at(p.dk, p.dkv_strides, w, w.k_start);
+    u16* dv = at(p.dv, p.dkv_strides, w, w.k_start);
+    store_rows(dk, p.dkv_strides.row, first_key, w.k_len, p.head_dim, keys.dk, p.scale, p.scale);
+    store_rows(dv, p.dkv_strides.row, first_key, w.k_len, p.head_dim, keys.dv, p.keep_scale, p.keep_scale);
+}
+
+// Zeros the rows of dk and dv from `from` on (padding keys, or rows of no sequence), shared out by tile.
+__device__ __forceinline__ void zero_keys(const Params& p, const Work& w, i64 from, int num_rows) {
+    zero_rows(at(p.dk, p.dkv_strides, w, from), p.dkv_strides.row, num_rows, p.head_dim, w.tile, p.tiles);
+    zero_rows(at(p.dv, p.dkv_strides, w, from), p.dkv_strides.row, num_rows, p.head_dim, w.tile, p.tiles);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_backward(const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    const Places places = {(u32)__cvta_generic_to_shared(shared_bytes)};
+    const Work w = find_work(p, blockIdx.x, false);
+    const bool copier = threadIdx.x >= THREADS;
+    if (w.tail || p.key_lengths != nullptr) {
+        // Keys hidden by key_lengths have gradient 0, and so have rows of no sequence.
+        if (!copier) zero_keys(p, w, w.tail ? w.k_start : w.k_len, w.tail ? w.k_len : p.len_k - w.k_len);
+    }
+    if (w.tail || w.tile * KEYS >= w.k_len) return;
+
+    if (threadIdx.x < STAGES) {
+        make_barrier(places.filled(threadIdx.x), COPIERS);
+        make_barrier(places.emptied(threadIdx.x), WARPS);
+    }
+    if (threadIdx.x < DS_SLOTS) {
+        make_barrier(places.ds_filled(threadIdx.x), WARPS);
+        make_barrier(places.ds_emptied(threadIdx.x), 4);
+    }
+    if (threadIdx.x == 0) make_barrier(places.keys_filled(), COPIERS);
+    __syncthreads();
+    if (copier) {
+        give_registers<copier_registers(GROUPS, MIN_BLOCKS)>();
+        copy_all(p, places, w);
+        return;
+    }
+    take_registers<computer_registers(GROUPS, MIN_BLOCKS)>();
+    differentiate_all(p, places, w);
+}
