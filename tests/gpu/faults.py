@@ -1,0 +1,181 @@
+"""Faults to plant in copies of the kernels' sources, one at a time: what the tests must notice.
+
+A new fault is a line here: its text must stand in its file exactly once (tests/kernels/test_faults.py looks).
+`detect`, run as a program beside a changed copy of the package, says what it noticed:
+
+    python -m tests.gpu.faults generic 32 bfloat16 near
+"""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import attention_kernels as ak
+from attention_kernels import compiler, families, kernel_plan
+from tests.gpu.cases import Case, Guard, Rule, compare, formula, ours
+from tests.gpu.random_cases import Drawn, make
+
+NOTHING, NOTICED, NOT_BUILT = 0, 1, 5
+REPEATS = 6
+
+
+class Fault(NamedTuple):
+    """One replacement in one file of csrc, and where to look for it."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    family: families.Family = "generic"
+    head_dim: int = 32
+    dtype: str = "bfloat16"
+    far: bool = False  # needs offsets beyond 31 bits: 7 GB
+
+
+_SOFTMAX, _FORWARD, _PREPROCESS = "common/softmax.cuh", "generic_forward.cu", "generic_preprocess.cu"
+_KEYS, _QUERIES, _POSTPROCESS = "generic_backward_keys.cu", "generic_backward_queries.cu", "generic_postprocess.cu"
+_PHILOX, _TILES, _TYPES = "common/philox.cuh", "common/tiles.cuh", "common/types.cuh"
+
+FAULTS = [
+    Fault("forward: one key too many", _SOFTMAX, "x = 8 * n < seen ? x : 0.f;", "x = 8 * n <= seen ? x : 0.f;"),
+    Fault("forward: sums are not rescaled", _SOFTMAX, "rows.sum[m][i] *= shrink;", ""),
+    Fault(
+        "forward: the reference never moves",
+        _SOFTMAX,
+        "safe = safe && sums[m][i] <= SUM_LIMIT;",
+        "",
+        dtype="float16",
+    ),
+    Fault("forward: lse in base 2", _SOFTMAX, "log2_fast(sum)) * LN_2", "log2_fast(sum))"),
+    Fault(
+        "forward: rows after the last sequence are left",
+        _FORWARD,
+        "if (w.tail) return empty_rows(p, w);",
+        "if (w.tail) return;",
+    ),
+    Fault(
+        "forward: no barrier before a tile is read",
+        _FORWARD,
+        "next load overwrites.\n        __syncthreads();\n",
+        "next load overwrites.\n",
+    ),
+    Fault("forward: a tile is read before it arrived", _FORWARD, "wait_copies<STAGES - 2>", "wait_copies<STAGES - 1>"),
+    Fault("causal: offset with the wrong sign", _TYPES, "= w.k_len - w.q_len;", "= w.q_len - w.k_len;"),
+    Fault("D without the gradient of lse", _PREPROCESS, "empty ? 0.f : sum - dlse", "empty ? 0.f : sum"),
+    Fault("a row that sees nothing has P = exp2(inf)", _PREPROCESS, "empty ? INFINITE : lse * LOG2_E", "lse * LOG2_E"),
+    Fault(
+        "keys: dP without the factor of dropout",
+        _KEYS,
+        "gx = masked(gx, low_mask(pair)) * p.keep_scale;",
+        "gx = masked(gx, low_mask(pair));",
+    ),
+    Fault("keys: dK without the scale", _KEYS, "keys.dk[m], p.scale, p.scale", "keys.dk[m], 1.f, 1.f"),
+    Fault(
+        "keys: gradients beyond key_lengths are left",
+        _KEYS,
+        "if (p.key_lengths != nullptr) zero_keys(p, w, w.k_len, p.len_k - w.k_len);",
+        "",
+    ),
+    Fault(
+        "keys: halves of the dropout mask swapped",
+        _KEYS,
+        "masks[j][0] = transpose8x8(pair_mask<0>(bits));",
+        "masks[j][0] = transpose8x8(pair_mask<1>(bits));",
+    ),
+    Fault("keys: causal mask off by one", _KEYS, "(lane & 3) + e < first_seen", "(lane & 3) + e + 1 < first_seen"),
+    Fault("keys: no barrier before dS is read", _KEYS, "        __syncthreads();\n        add_dq(", "        add_dq("),
+    Fault("queries: mask off by one", _QUERIES, "if (8 * n + e >= seen)", "if (8 * n + e > seen)"),
+    Fault("dQ: columns in the accumulators' order", _POSTPROCESS, "in_row / 4 * 16 + 2 * (in_row & 3)", "in_row * 4"),
+    Fault("dropout: threshold off by one", _PHILOX, "u) + p.drop_step;", "u) + p.drop_step - 0x01010101u;"),
+    Fault("dropout: every head draws one mask", _PHILOX, "(u32)w.head ^ (u32)(second >> 32)", "(u32)(second >> 32)"),
+    Fault("a row beyond the sequence is written", _TILES, "if (r + 8 < num_rows)", "if (r < num_rows)"),
+    Fault(
+        "copies: offset of a row in 32 bits",
+        _TILES,
+        "from = base + (i64)(first + row) * row_stride + chunk * 8;",
+        "from = base + (int)((first + row) * row_stride) + chunk * 8;",
+        far=True,
+    ),
+    Fault("offset of a sequence in 32 bits", _TYPES, "start * s.row +", "(int)(start * s.row) +", far=True),
+]  # fmt: skip
+
+
+def battery(head_dim: int, dtype: torch.dtype, far: bool) -> list[Drawn]:
+    """Return the few cases that look at every feature of the kernels."""
+    common = {"head_dim": head_dim, "dtype": dtype}
+    if far:
+        layouts = ("plain", "far rows", "plain", "plain")
+        return [Drawn(9, "packed", (40, 30), (132, 70), layouts=layouts, rule=Rule(dropout_p=0.2), **common)]
+    dropped, causal = Rule(dropout_p=0.2), Rule(causal=True)
+    both = Rule(causal=True, dropout_p=0.2)
+    return [
+        Drawn(1, "packed", (200, 0, 65, 40), (140, 5, 65, 0), tail=(7, 130), rule=both, **common),
+        Drawn(2, "key_lengths", (100,) * 3, (333,) * 3, (333, 150, 0), **common),
+        Drawn(3, "fixed", (300,) * 2, (170,) * 2, rule=causal, size=2.0, **common),
+        Drawn(4, "fixed", (170,) * 2, (300,) * 2, rule=causal, heads=3, **common),
+        Drawn(5, "fixed", (1030,) * 2, (1030,) * 2, rule=dropped, heads=8, **common),
+        Drawn(6, "fixed", (900,) * 4, (900,) * 4, heads=8, **common),
+    ]
+
+
+def _growing(case: Case) -> Case:
+    """Return the case with keys that grow along the sequence: the softmax's reference must move again and again."""
+    q, k, v, dout = case.tensors
+    ramp = torch.linspace(0, 20, k.shape[-3], device=k.device).view(-1, 1, 1)
+    return case._replace(tensors=[q.abs(), (k.abs() * ramp).to(k.dtype), v, dout])
+
+
+def detect(family: families.Family, head_dim: int, dtype: torch.dtype, far: bool, guard: Guard) -> list[str]:
+    """Return what is wrong with the kernels as they are built from the package's sources."""
+    wrong: list[str] = []
+    drawn = battery(head_dim, dtype, far)
+    work = [(one, make(one), one.rule) for one in drawn]
+    if not far:
+        one = Drawn(7, "fixed", (260,), (700,), head_dim=head_dim, dtype=dtype)
+        work.append((one, _growing(make(one)), one.rule))
+    for one, case, rule in work:
+        exact, plain = formula(case, torch.float64, rule), formula(case, dtype, rule)
+        for deterministic in (False, True):
+            with ak.cuda_family(family):
+                found = [ours(case, rule, deterministic=deterministic) for _ in range(REPEATS if one.number > 4 else 1)]
+            wrong += [f"case {one.number}: {text}" for text in compare(case, rule, exact, plain, found[0])]
+            # dq's sums have no fixed order unless one was asked for.
+            same = range(5) if deterministic else (0, 2, 3, 4)
+            if not all(torch.equal(again[i].nan_to_num(), found[0][i].nan_to_num()) for again in found for i in same):
+                wrong.append(f"case {one.number}: not the same bits every time")
+            if not guard.intact():
+                wrong.append(f"case {one.number}: a guard band was written")
+    return wrong
+
+
+def build(head_dim: int, dtype: str) -> None:
+    """Build what `detect` will call, four at a time; CompileError where the planted text is no CUDA."""
+    major, minor = torch.cuda.get_device_capability()
+    width = kernel_plan.width_of(head_dim)
+    plans = [p for p in kernel_plan.all_plans() if p.dtype == dtype and (p.kernel == "preprocess" or p.width == width)]
+    arch = compiler.architecture((major, minor))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda plan: compiler.build(plan, arch), plans))
+
+
+def main(family: families.Family, head_dim: int, dtype: str, place: str) -> int:
+    """Print what was noticed; NOTICED, NOTHING, or NOT_BUILT."""
+    try:
+        build(head_dim, dtype)
+    except compiler.CompileError as error:
+        print(error)
+        return NOT_BUILT
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch, ak.using("cuda"):
+            wrong = detect(family, head_dim, getattr(torch, dtype), place == "far", Guard(monkeypatch))
+    except RuntimeError as error:  # The GPU refused an access, or to go on after one.
+        wrong = [f"{type(error).__name__}: {error}".splitlines()[0]]
+    print("\n".join(wrong))
+    return NOTICED if wrong else NOTHING
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]))  # type: ignore[arg-type]

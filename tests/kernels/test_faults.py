@@ -1,0 +1,27 @@
+"""The faults that tests/gpu plants fit the sources as they are: each text stands there once, and compiles."""
+
+import pytest
+
+from attention_kernels import compiler, kernel_plan
+from tests.gpu.faults import FAULTS, Fault
+from tests.gpu.test_planted_faults import plant
+
+
+def test_each_text_stands_exactly_once_in_its_file() -> None:
+    for fault in FAULTS:
+        assert (compiler.SOURCES / fault.file).read_text().count(fault.old) == 1, fault.what
+        assert fault.new != fault.old, fault.what
+    assert len({fault.what for fault in FAULTS}) == len(FAULTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_a_planted_fault_compiles(fault: Fault, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings")
+    plant(fault, tmp_path)
+    monkeypatch.setattr(compiler, "SOURCES", tmp_path / "attention_kernels" / "csrc")
+    monkeypatch.setenv("ATTENTION_KERNELS_CACHE", str(tmp_path / "cache"))
+    width = kernel_plan.width_of(fault.head_dim)
+    for plan in kernel_plan.all_plans():
+        if plan.dtype == fault.dtype and plan.dropout and plan.width == width:
+            compiler.build(plan, "90a")
