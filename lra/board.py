@@ -6,9 +6,9 @@ from typing import Any
 
 from lra.config import RunConfig
 from lra.evaluate import Scores
+from lra.feed import Data
 from lra.pictures import example_grid
 from lra.run_dir import RunDir
-from lra.train import Data
 from tasks.registry import Task, get
 
 NUM_EXAMPLES = 12

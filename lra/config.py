@@ -40,6 +40,17 @@ class DataConfig(Section):
     """Use only so many training examples, evenly spaced over the split (smoke recipes, overfitting checks)."""
     limit_eval: Positive | None = None
     """Use only so many validation and test examples, evenly spaced over the split (smoke recipes)."""
+    limit_val: Positive | None = None
+    """Use only so many validation examples, evenly spaced; null: limit_eval. The test split stays whole."""
+    keep_tokens: list[Positive] = Field(default_factory=list)
+    """Training on image tasks only: of each image keep so many tokens, a number drawn for each step from this list:
+    every pixel of at least `foreground`, the rest random others. Empty: all. Evaluation has every token."""
+    foreground: int = Field(default=8, ge=1, le=255)
+    """keep_tokens: the byte from which on a pixel counts as foreground."""
+    dihedral: bool = False
+    """Training on square images: one of the 8 flips and quarter turns for each image and step (open track)."""
+    fresh: bool = False
+    """Training on generated images only: every step draws new ones from the task's generator (open track)."""
 
 
 class ModelConfig(Section):
@@ -80,6 +91,10 @@ class ModelConfig(Section):
     pair_features: Literal["nli", "concat"] = "nli"
     """Retrieval: [x1, x2, x1*x2, x1-x2] (LRA paper, equation 1) or [x1, x2] (google's code)."""
     rotary_base: float = Field(default=10_000.0, gt=1)
+    """Base b of the rotary frequencies b^(-2i/d); 100 resolves pixels, 10,000 is for text."""
+    local_start: list[float] = Field(default_factory=list)
+    """Rotary positions: biases of queries and keys start so that each head first looks at a place this far from its
+    own (pixels, or tokens in 1-D), one distance a layer, repeated; lra/positions.py. Empty: off."""
 
     @property
     def attention_width(self) -> int:
@@ -102,6 +117,11 @@ class ModelConfig(Section):
             raise ValueError(f"qk_norm and rotary positions need a head dim divisible by 8, it is {self.head_dim}")
         if self.positions == "sinusoidal" and self.width % 2:
             raise ValueError(f"positions=sinusoidal needs an even width, it is {self.width}")
+        if self.local_start and not ("rotary" in self.positions and self.attention_bias):
+            raise ValueError(
+                "local_start sets biases that act through rotary positions: it needs positions=rotary or "
+                "axial_rotary, and attention_bias=true"
+            )
         return self
 
 
@@ -136,9 +156,24 @@ class AttentionConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over steps; formulas in lra/optim.py."""
 
-    name: Literal["rsqrt", "one_cycle", "cosine", "cosine_google", "constant"] = "cosine"
+    name: Literal["rsqrt", "one_cycle", "cosine", "cosine_google", "constant", "wsd"] = "cosine"
     warmup: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
+    decay: float = Field(default=0.35, gt=0, le=1)
+    """wsd: share of all steps, at the end, over which the rate falls linearly to 0."""
+
+
+class RestartConfig(Section):
+    """When a run counts as stuck at chance and begins again with another seed (lra/restarts.py)."""
+
+    after: int = Field(default=1000, ge=0)
+    """Steps before the rule begins to count."""
+    steps: Positive = 500
+    """Steps in a row, counted in windows of train.log_every, whose mean loss lies in the band."""
+    low: float = 0.6931
+    high: float = 0.6937
+    limit: Positive = 3
+    """Restarts at most; the attempt after them goes on to the end whatever its loss."""
 
 
 class TrainConfig(Section):
@@ -154,6 +189,12 @@ class TrainConfig(Section):
     """Examples an evaluation batch; null: batch_size / accumulate."""
     learning_rate: float = Field(gt=0)
     """The schedule's base (for rsqrt not the peak: lra_spec section 2.a)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the weight matrices of the layers, AdamW for everything else."""
+    adamw_learning_rate: float | None = Field(default=None, gt=0)
+    """muon: the base rate of what AdamW moves, under the same schedule; null: learning_rate."""
+    momentum: Probability = 0.95
+    """muon: decay of the (Nesterov) momentum."""
     schedule: ScheduleConfig = ScheduleConfig()
     betas: list[Probability] = Field(default=[0.9, 0.98], min_length=2, max_length=2)
     eps: float = Field(default=1e-9, gt=0)
@@ -164,8 +205,12 @@ class TrainConfig(Section):
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, which is then what is evaluated; null: none."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    compile: bool = False
-    """torch.compile over the model."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile over the model. auto: on a GPU, for runs of 1,000 steps or more with an attention that it traces
+    whole; shorter runs would not win back the compilation. It draws other dropout masks than the plain form."""
+    cuda_graph: Literal["auto", "off"] = "auto"
+    """auto: on one GPU the whole step (forward, backward, clipping, update) is recorded once for each size of batch and
+    replayed, with the same bits; without effect under fp16, accumulate, or an attention that asks the host."""
     deterministic: bool = False
     """Deterministic algorithms everywhere; with the same GPU, software and world size runs are bit-equal."""
     log_every: Positive = 50
@@ -173,6 +218,12 @@ class TrainConfig(Section):
     checkpoint_every: Positive = 1000
     checkpoint_choice: Literal["best_val", "last"] = "best_val"
     """Which checkpoint the protocol reports; both are tested and written down."""
+    test: Literal["both", "chosen"] = "both"
+    """chosen: test the reported checkpoint alone, where a test costs minutes."""
+    start_from: str | None = None
+    """Folder of a run whose tested weights this one begins with (lra/transfer.py); null: random weights."""
+    restart: RestartConfig | None = None
+    """null: a run that is stuck at chance goes on; the console says so."""
 
 
 class Expected(Section):
@@ -234,6 +285,7 @@ class RunConfig(Section):
                 raise ValueError(
                     f"model.positions=axial_rotary is for image tasks; {task.name} has no rows and columns"
                 )
+        self._fits_images(task)
         if self.attention.backend == "block_sparse" and self.data.black_pixels != "token":
             raise ValueError(
                 "attention=block_sparse keeps block patterns aligned with image rows, so no pixel can be left out; "
@@ -247,6 +299,30 @@ class RunConfig(Section):
         if self.model.num_positions is not None and self.model.num_positions < self.max_length:
             raise ValueError(f"model.num_positions must be at least the sequence length {self.max_length}")
         return self
+
+    def _fits_images(self, task: tasks.Task) -> None:
+        """Check the options that act on whole images in training."""
+        data = self.data
+        asked = [name for name in ("keep_tokens", "dihedral", "fresh") if getattr(data, name)]
+        if not asked:
+            return
+        if task.grid is None or task.grid[0] != task.grid[1]:
+            raise ValueError(f"data.{asked[0]} means nothing to {task.name}, whose examples are no square images")
+        if data.fresh and task.fresh is None:
+            raise ValueError(f"data.fresh needs a generator, and {task.name} has none")
+        if data.black_pixels != "token" or self.max_length != task.max_length:
+            raise ValueError(
+                f"data.{asked[0]} works on whole images: it needs data.black_pixels=token and no max_length"
+            )
+        if self.track != "open" and (data.dihedral or data.fresh):
+            raise ValueError(
+                f"data.{'dihedral' if data.dihedral else 'fresh'} belongs to the open track; set track=open"
+            )
+        if data.keep_tokens and self.attention.backend == "block_sparse":
+            raise ValueError(
+                "attention=block_sparse keeps block patterns aligned with image rows, so no pixel can be left out; "
+                "add data.keep_tokens=[]"
+            )
 
     @property
     def max_length(self) -> int:

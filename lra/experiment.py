@@ -16,20 +16,23 @@ import torch
 import attention_kernels as ak
 from lra import checkpoint as checkpoints
 from lra.base.console import info
-from lra.base.errors import ConfigError, DataError, LraError, MemoryShortError, RunError, Stopped
+from lra.base.errors import ConfigError, DataError, LraError, MemoryShortError, Stopped
 from lra.base.files import write_json_atomic, write_text_atomic
 from lra.board import write_examples_and_hparams
 from lra.config import RunConfig
 from lra.distributed import World, join_world
 from lra.evaluate import Scores, evaluate
-from lra.learner import Learner, load_weights, saved_weights
+from lra.feed import Data
+from lra.learner import Learner, load_weights
 from lra.memory import check_fits, estimate
 from lra.model import Classifier, num_parameters
 from lra.preempt import StopRequest, catch_signals
 from lra.recipes import differences
+from lra.restarts import StuckError, attempt_config, attempts, set_aside
 from lra.run_dir import RunDir, environment, now
 from lra.statistics import class_scores, confusion
-from lra.train import Data, train
+from lra.train import train
+from lra.transfer import checkpoint_of, saved_weights
 from tasks.cache import build_cache, find_cache, open_cache
 from tasks.registry import get
 
@@ -54,7 +57,8 @@ def open_data(config: RunConfig) -> Data:
     cache = open_cache(path)
     rule = config.data.split_rule or next(iter(task.split_rules))
     splits = dict(cache.split(task, rule))
-    limits = {"train": config.data.limit_train, "val": config.data.limit_eval, "test": config.data.limit_eval}
+    few = config.data.limit_eval
+    limits = {"train": config.data.limit_train, "val": config.data.limit_val or few, "test": few}
     splits = {name: evenly_spaced(indices, limits[name]) for name, indices in splits.items()}
     return Data(cache, splits, rule)
 
@@ -94,7 +98,7 @@ def _train_and_test(config: RunConfig, run: RunDir, world: World, stop: StopRequ
     parameters = num_parameters(build_on_meta(config))
     try:
         check_fits(config, parameters, world.device, world.size)
-        learner = train(config, data, run, world, stop)
+        learner = train_to_the_end(config, data, run, world, stop)
         result = final_result(learner, config, data, run, world, stop)
     except torch.OutOfMemoryError as e:
         short = MemoryShortError(
@@ -115,23 +119,24 @@ def _train_and_test(config: RunConfig, run: RunDir, world: World, stop: StopRequ
     return result
 
 
+def train_to_the_end(config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRequest) -> Learner:
+    """Train, beginning again with another seed where the recipe's rule says that the run is stuck."""
+    while True:
+        try:
+            return train(attempt_config(config, len(attempts(run))), data, run, world, stop)
+        except StuckError as e:
+            if world.is_main:
+                set_aside(run, e)
+            world.barrier()
+
+
 def final_result(
     learner: Learner, config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRequest
 ) -> dict[str, Any]:
     """Test the last and the best-validated weights; return the content of result.json."""
-    tests: dict[str, Scores] = {}
-    with learner.watch.measure("eval"), learner.evaluated_weights():
-        tests["last"] = _test(learner.model, config, data, run, world, stop, f"last-step{learner.step}")
-    best = learner.best
-    if best is not None and best.step != learner.step:
-        saved = checkpoints.load(saved_weights(run, best.step))
-        load_weights(learner.model, saved.tensors, averaged=True)
-        with learner.watch.measure("eval"):
-            tests["best_val"] = _test(learner.model, config, data, run, world, stop, f"best-step{best.step}")
-    elif best is not None:
-        tests["best_val"] = tests["last"]
+    best, tests = learner.best, test_weights(learner, config, data, run, world, stop)
     result = describe(config, data, run, num_parameters(learner.model))
-    chosen = tests.get(config.train.checkpoint_choice, tests["last"])
+    chosen = tests.get(config.train.checkpoint_choice) or tests["last"]
     steps = {"last": learner.step, "best_val": best.step if best else learner.step}
     matrix = confusion(chosen.labels.tolist(), chosen.predictions.tolist(), get(config.task.name).num_classes)
     seconds = max(learner.watch["train"], 1e-9)
@@ -155,6 +160,26 @@ def final_result(
     if world.is_main:
         write_examples_and_hparams(run, config, data, chosen, result)
     return result
+
+
+def test_weights(
+    learner: Learner, config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRequest
+) -> dict[str, Scores]:
+    """Test the last and the best-validated weights, or the recipe's choice alone."""
+    best, choice = learner.best, config.train.checkpoint_choice if config.train.test == "chosen" else None
+    best_is_last = best is not None and best.step == learner.step
+    tests: dict[str, Scores] = {}
+    if choice != "best_val" or best_is_last:
+        with learner.watch.measure("eval"), learner.evaluated_weights():
+            tests["last"] = _test(learner.model, config, data, run, world, stop, f"last-step{learner.step}")
+    if best_is_last:
+        tests["best_val"] = tests["last"]
+    elif best is not None and choice != "last":
+        saved = checkpoints.load(saved_weights(run, best.step))
+        load_weights(learner.model, saved.tensors, averaged=True)
+        with learner.watch.measure("eval"):
+            tests["best_val"] = _test(learner.model, config, data, run, world, stop, f"best-step{best.step}")
+    return tests
 
 
 def _test(
@@ -203,19 +228,6 @@ def run_evaluation(
     return result
 
 
-def checkpoint_of(run: RunDir, which: str) -> checkpoints.Checkpoint:
-    """Read the `last` or the `best_val` checkpoint of a run. Raises RunError if it has none."""
-    last = checkpoints.load_newest(run.checkpoints)
-    if last is None:
-        raise RunError(f"The run {run.path} has no checkpoint.", "Train it first.")
-    best = last.state["best"]
-    if which == "best_val" and best is None:
-        raise RunError(f"The run {run.path} has not been validated yet.", "Add --checkpoint last.")
-    if which == "last" or best["step"] == last.step:
-        return last
-    return checkpoints.load(saved_weights(run, best["step"]))
-
-
 def predictions_csv(data: Data, scores: Scores) -> str:
     """Return one line an example: its index in the cache, label, prediction."""
     out = io.StringIO()
@@ -229,12 +241,13 @@ def predictions_csv(data: Data, scores: Scores) -> str:
 
 def describe(config: RunConfig, data: Data | None, run: RunDir, parameters: int) -> dict[str, Any]:
     """Return what is known of a run whatever became of it."""
-    here = environment()
+    here, lost = environment(), attempts(run)
     return describe_config(config, data, run.path.name, parameters) | {
         "environment": {key: here[key] for key in ("python", "torch", "gpu", "gpu_count")},
         **{key: here[key] for key in ("commit", "dirty", "code")},
         "date": now(),
-        "restarts": 0,
+        "restarts": len(lost),
+        "lost_s": sum(sum(attempt.get("seconds", {}).values()) for attempt in lost),
     }
 
 

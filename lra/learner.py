@@ -23,6 +23,7 @@ from lra.model import Classifier
 from lra.optim import make_optimizer
 from lra.recipes import fingerprint
 from lra.run_dir import RunDir, Stopwatch
+from lra.transfer import begin_with
 from tasks.batches import Batch
 
 # In the name of every weight that belongs to an attention backend (Linformer's projections, Performer's features).
@@ -46,6 +47,8 @@ class Window:
     num_tokens: int = 0
     start_s: float = 0.0
     num_stuck: int = 0
+    stuck_steps: int = 0
+    """Steps in a row whose windows lay in the band of train.restart."""
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Learner:
 
     model: Classifier
     forward: Callable[[Batch], Tensor]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Ema | None
     step: int = 0
@@ -76,6 +79,8 @@ def make_learner(config: RunConfig, world: World) -> Learner:
     """Build model, optimizer and the rest on this process's device, with the weights of `config.seed`."""
     torch.manual_seed(torch_seed(config.seed, "weights"))
     model = Classifier(config).to(world.device)
+    if config.train.start_from is not None:
+        begin_with(model, Path(config.train.start_from), config)
     wrapped: nn.Module = model
     if world.size > 1:
         wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
@@ -197,11 +202,3 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, averaged: bool
         )
     # What another attention learned for itself is of no use to this one.
     model.load_state_dict({n: value for n, value in weights.items() if n in known or _OF_ATTENTION not in n})
-
-
-def saved_weights(run: RunDir, step: int) -> Path:
-    """Return the checkpoint folder of a step. Raises RunError if it is gone."""
-    path = checkpoints.step_dir(run.checkpoints, step)
-    if not path.is_dir():
-        raise RunError(f"The checkpoint of step {step:,} is not in {run.checkpoints}.", "Test the last one instead.")
-    return path

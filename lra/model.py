@@ -18,7 +18,14 @@ from lra.attention import Backend, KeyRows, key_rows, make_backend
 from lra.config import ModelConfig, RunConfig
 from lra.packing import Packed, pack_info
 from lra.pooling import Pool
-from lra.positions import PositionTable, axial_rotary_angles, rotary_angles, rotate
+from lra.positions import (
+    PositionTable,
+    axial_rotary_angles,
+    local_biases,
+    local_offsets,
+    rotary_angles,
+    rotate,
+)
 from tasks.batches import Batch
 from tasks.registry import Task, get
 
@@ -170,10 +177,23 @@ class Classifier(nn.Module):
                     # One matrix holds q, k and v: each gets the bounds of its own shape.
                     for part in module.qkv.weight.chunk(3):
                         nn.init.xavier_uniform_(part)
+        if model.local_start:
+            self.start_locally(model)
+
+    @torch.no_grad()
+    def start_locally(self, model: ModelConfig) -> None:
+        """Set the biases of queries and keys so that heads first look at places near their own."""
+        axial = model.positions == "axial_rotary"
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            distance = model.local_start[i % len(model.local_start)]
+            offsets = local_offsets(i, model.num_heads, distance, axial=axial)
+            query, key = local_biases(offsets, model.head_dim, model.rotary_base, axial=axial)
+            layer.attention.qkv.bias[: 2 * model.attention_width] = torch.cat((query, key))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return float32 logits (B, C)."""
-        packed = pack_info(batch.cu_seqlens, batch.max_length, batch.tokens_T.shape[0])
+        packed = pack_info(batch.cu_seqlens, batch.max_length, batch.tokens_T.shape[0], uniform=batch.uniform)
         keys = key_rows(batch.keys)
         positions_T = batch.positions_T.to(torch.int64)
         x_TE = self.embed(batch.tokens_T)

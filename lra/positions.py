@@ -5,6 +5,8 @@ A CLS row has no place in the text or image: it takes the last row of a table an
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -53,3 +55,40 @@ def rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     """Turn each pair (x[d], x[d + D/2]) by its angle; cos and sin have shape (T, 1, D/2)."""
     a, b = x_THD.float().chunk(2, dim=-1)
     return torch.cat((a * cos_T1D - b * sin_T1D, a * sin_T1D + b * cos_T1D), dim=-1).to(x_THD.dtype)
+
+
+# Length of each (pair of features)'s bias. The content part of a query starts near 0.58 a feature, so with the QK-norm
+# most of the score is position at first; training moves it freely, for these are ordinary biases.
+LOCAL_LENGTH = 2.0
+_GOLDEN_TURN = math.pi * (3.0 - math.sqrt(5.0))
+
+
+def local_offsets(layer: int, num_heads: int, distance: float, *, axial: bool) -> list[tuple[float, float]]:
+    """Return where each head of a layer first looks, as (rows, columns) from its own place; 1-D: (0, tokens).
+
+    In the plane the heads of a layer stand evenly around the circle and each layer is turned by the golden angle; on a
+    line they look back and ahead in turn.
+    """
+    if not axial:
+        return [(0.0, distance if (head + layer) % 2 else -distance) for head in range(num_heads)]
+    angles = [layer * _GOLDEN_TURN + 2.0 * math.pi * head / num_heads for head in range(num_heads)]
+    return [(distance * math.sin(angle), distance * math.cos(angle)) for angle in angles]
+
+
+def local_biases(
+    offsets: list[tuple[float, float]], head_dim: int, base: float, *, axial: bool
+) -> tuple[Tensor, Tensor]:
+    """Return biases of queries and keys, each (H * head_dim,), whose rotary score peaks at the heads' offsets.
+
+    Keys get the unturned pair (A, 0) everywhere and queries the pair turned by the angle of the offset: after the
+    rotation by their places p_q and p_k the score is sum_i A^2 cos(f_i (p_q + offset - p_k)), largest at the offset.
+    """
+    rows, columns = torch.tensor(offsets, dtype=torch.float32).T
+    if axial:
+        angles = [rotary_angles(places, head_dim // 2, base) for places in (rows, columns)]
+        angle_HD = torch.cat(angles, dim=1)
+    else:
+        angle_HD = rotary_angles(columns, head_dim, base)
+    query = torch.cat((angle_HD.cos(), angle_HD.sin()), dim=1)
+    key = torch.cat((torch.ones_like(angle_HD), torch.zeros_like(angle_HD)), dim=1)
+    return LOCAL_LENGTH * query.flatten(), LOCAL_LENGTH * key.flatten()

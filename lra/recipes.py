@@ -28,6 +28,9 @@ RESUMABLE_CHANGES = (
     ("train", "eval_every"),
     ("train", "checkpoint_every"),
     ("train", "eval_batch_size"),
+    ("train", "test"),
+    ("train", "start_from"),
+    ("data", "limit_val"),
     ("expected",),
 )
 

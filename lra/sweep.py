@@ -19,6 +19,7 @@ from lra.base.console import info
 from lra.base.errors import ConfigError, DataError, RunError, Stopped
 from lra.config import RunConfig
 from lra.experiment import open_data
+from lra.feed import Data
 from lra.memory import estimate
 from lra.preempt import StopRequest, catch_signals, raise_on_signals
 from lra.run_dir import RunDir
@@ -27,7 +28,6 @@ from lra.sweep_marks import Sizes, fail, mark, measure
 from lra.sweep_pool import Limits, Pool, Slot, Status
 from lra.sweep_slurm import check_not_queued, submit
 from lra.sweep_view import show_jobs
-from lra.train import Data
 
 GO_ON = "Give the same command again: finished jobs are kept, stopped ones go on."
 

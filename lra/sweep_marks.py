@@ -11,12 +11,12 @@ from lra import checkpoint as checkpoints
 from lra.base.errors import EXIT_OUT_OF_MEMORY, LraError, MemoryShortError
 from lra.base.files import disk_errors, write_text_atomic
 from lra.experiment import build_on_meta, describe, describe_config
+from lra.feed import Data
 from lra.memory import check_fits
 from lra.model import num_parameters
 from lra.recipes import dump_config
 from lra.run_dir import RunDir
 from lra.sweep_jobs import MARK, Job, State, is_marked
-from lra.train import Data
 
 WAITING = "It waits for its turn in the sweep."
 

@@ -5,40 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lra.base.console import progress
-from lra.base.errors import ConfigError, NonFiniteLossError, Stopped
+from lra.base.errors import NonFiniteLossError, Stopped
 from lra.base.files import write_json_atomic
 from lra.base.seeds import torch_seed
 from lra.config import RunConfig
 from lra.distributed import World
 from lra.evaluate import autocast, evaluate
+from lra.feed import Data, batch_feed, make_batches
 from lra.learner import Best, Learner, make_learner, restore, save
 from lra.optim import learning_rate, set_learning_rate
 from lra.preempt import StopRequest
 from lra.run_dir import RunDir
 from lra.train_log import Logger
-from tasks.batches import Batch, TrainBatches, prefetch
-from tasks.cache import Cache
+from tasks.batches import Batch
 
 MAX_FP16_OVERFLOWS = 50
-
-
-@dataclass
-class Data:
-    """An opened cache and the example indices of its splits under the recipe's rule."""
-
-    cache: Cache
-    splits: dict[str, np.ndarray]
-    split_rule: str
 
 
 def train(config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRequest) -> Learner:
@@ -50,7 +39,7 @@ def train(config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRe
     learner = make_learner(config, world)
     restore(learner, config, run, world)
     batches = make_batches(config, data, world)
-    feed = prefetch((batches.at(step) for step in range(learner.step, config.train.steps)), depth=3)
+    feed = batch_feed(batches, learner.step, config.train.steps)
     logger = Logger(config, run, world, learner)
     pause = None
     try:
@@ -160,29 +149,6 @@ def nonfinite_report(learner: Learner, config: RunConfig, loss: float, grad_norm
 def largest(values: Tensor) -> str:
     """Return the largest absolute value as text."""
     return repr(float(values.abs().max()))
-
-
-def make_batches(config: RunConfig, data: Data, world: World) -> TrainBatches:
-    """Return the training batches of this process as a pure function of the step."""
-    train = config.train
-    if train.batch_size % (train.accumulate * world.size):
-        raise ConfigError(
-            f"train.batch_size={train.batch_size} cannot be cut into {train.accumulate} micro-batches on each of "
-            f"{world.size} processes.",
-            "Make it a multiple of train.accumulate times the number of processes.",
-        )
-    return TrainBatches(
-        data.cache,
-        data.splits["train"],
-        batch_size=train.batch_size,
-        seed=config.seed,
-        max_length=config.max_length,
-        cls=config.model.pooling == "cls",
-        black_pixels=config.data.black_pixels,
-        rank=world.rank,
-        world=world.size,
-        accumulate=train.accumulate,
-    )
 
 
 def validation_due(learner: Learner, config: RunConfig) -> bool:

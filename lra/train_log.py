@@ -13,6 +13,7 @@ from lra.distributed import World
 from lra.evaluate import Scores
 from lra.learner import Learner, Window
 from lra.optim import learning_rate
+from lra.restarts import watch_stuck
 from lra.run_dir import RunDir
 from tasks.batches import Batch
 from tasks.registry import get
@@ -57,7 +58,8 @@ class Logger:
         }
         self.write(record)
         self.watch_chance(mean_loss)
-        self.learner.window = Window(start_s=train_s, num_stuck=window.num_stuck)
+        watch_stuck(self.learner, self.config, mean_loss)
+        self.learner.window = Window(start_s=train_s, num_stuck=window.num_stuck, stuck_steps=window.stuck_steps)
 
     def after_validation(self, scores: Scores) -> None:
         """Write one line for a validation."""

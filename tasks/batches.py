@@ -18,7 +18,7 @@ from lra.base.seeds import generator
 from tasks.cache import Cache
 from tasks.prefetch import prefetch
 
-__all__ = ["Batch", "BlackPixels", "EvalBatches", "Keys", "TrainBatches", "collate", "order", "prefetch"]
+__all__ = ["Batch", "BlackPixels", "EvalBatches", "Keys", "TrainBatches", "collate", "order", "prefetch", "rounded"]
 
 BlackPixels = Literal["token", "not_key", "dropped"]
 
@@ -28,7 +28,7 @@ class Keys:
     """The rows of a packed batch that may be attended to.
 
     `index_K` int64 rows in ascending order, `cu_seqlens` int32 (S + 1) their bounds by sequence, `max_length` the
-    most that one sequence has.
+    most that one sequence has, or an upper bound. Entries of index_K after the last bound are T, no row of the batch.
     """
 
     index_K: torch.Tensor
@@ -42,7 +42,9 @@ class Batch:
 
     `tokens_T` uint8; `positions_T` int32, the index within the original sequence (a dropped pixel leaves a gap, a
     CLS slot has the recipe's max_length); `cu_seqlens` int32 (S + 1); `labels_B` int64. With `cls` each sequence
-    ends in one slot whose byte is 0.
+    ends in one slot whose byte is 0. `max_length` is the longest sequence or an upper bound. `uniform` says that every
+    sequence has max_length rows and no rows follow the last, so packed and padded are one and the same memory.
+    A rounded batch (`rounded`) has rows of zeros after cu_seqlens[-1], which belong to no sequence.
     """
 
     tokens_T: torch.Tensor
@@ -52,11 +54,14 @@ class Batch:
     labels_B: torch.Tensor
     keys: Keys | None = None
     cls: bool = False
+    uniform: bool = False
+    num_spare: int = 0
+    """Rows after the last sequence."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the batch, CLS slots included."""
-        return len(self.tokens_T)
+        return len(self.tokens_T) - self.num_spare
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """Return the batch on another device."""
@@ -123,7 +128,52 @@ def collate(
         labels_B=torch.from_numpy(cache.labels[example_indices].astype(np.int64)),
         keys=keys,
         cls=cls,
+        uniform=len(tokens) == _longest(cu_seqlens) * (len(cu_seqlens) - 1),
     )
+
+
+def rounded(batch: Batch, bound: int, num_examples: int | None = None) -> Batch:
+    """Return the batch in buffers of one of at most 64 sizes, so that compiled code and CUDA graphs meet few shapes.
+
+    `bound` is the most rows that a sequence can have; it becomes `max_length`. `num_examples` adds empty sequences up
+    to that number, with the label -100 that cross-entropy leaves out. Rows and keys are rounded up to multiples of a
+    64th of the most that there can be, at least 128: 1 or 2% more rows at lengths that vary.
+    """
+    missing = 0 if num_examples is None else num_examples - len(batch.labels_B)
+    num_sequences = len(batch.cu_seqlens) - 1
+    extra = missing * num_sequences // max(len(batch.labels_B), 1)
+    most = (num_sequences + extra) * bound
+    num_rows = _round_up(len(batch.tokens_T), most)
+    spare = num_rows - len(batch.tokens_T)
+    keys = batch.keys
+    if keys is not None:
+        added = _round_up(len(keys.index_K), most) - len(keys.index_K)
+        keys = Keys(_extend(keys.index_K, added, num_rows), _extend(keys.cu_seqlens, extra), bound)
+    return replace(
+        batch,
+        tokens_T=_extend(batch.tokens_T, spare, 0),
+        positions_T=_extend(batch.positions_T, spare, 0),
+        cu_seqlens=_extend(batch.cu_seqlens, extra),
+        max_length=bound,
+        labels_B=_extend(batch.labels_B, missing, -100),
+        keys=keys,
+        uniform=batch.uniform and not extra and batch.max_length == bound,
+        num_spare=spare,
+    )
+
+
+def _round_up(size: int, most: int) -> int:
+    """Return the next multiple of a 64th of `most` (itself a multiple of 128), at most `most`."""
+    step = 128 * max(1, -(-most // (64 * 128)))
+    return min(-(-size // step) * step, most)
+
+
+def _extend(values: torch.Tensor, count: int, fill: int | None = None) -> torch.Tensor:
+    """Return values with `count` more entries of `fill`, or of the last value."""
+    if count == 0:
+        return values
+    last = values[-1:] if fill is None else torch.full((1,), fill, dtype=values.dtype)
+    return torch.cat([values, last.expand(count)])
 
 
 def _pack(cache: Cache, examples: np.ndarray, max_length: int, cls: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -157,7 +207,8 @@ class TrainBatches:
     """The training batches of one rank: `at(step)` is a pure function of (seed, step).
 
     `batch_size` is the whole batch of an optimizer step. Each rank takes a consecutive piece of it and each
-    micro-batch a consecutive piece of that; the last, incomplete batch of an epoch is left out.
+    micro-batch a consecutive piece of that; the last, incomplete batch of an epoch is left out. `rounding` gives the
+    packed buffers one of few sizes (`rounded`).
     """
 
     def __init__(
@@ -173,6 +224,7 @@ class TrainBatches:
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
+        rounding: bool = False,
     ) -> None:
         if batch_size < 1 or batch_size % (world * accumulate):
             raise ConfigError(
@@ -188,6 +240,7 @@ class TrainBatches:
         self.batch_size, self.seed, self.max_length = batch_size, seed, max_length
         self.cls, self.black_pixels = cls, black_pixels
         self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.rounding = rounding
         self.steps_per_epoch = len(indices) // batch_size
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
@@ -195,17 +248,22 @@ class TrainBatches:
         """Return the cache indices of the whole batch of `step`, all ranks together."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, order(len(self.indices), self.seed, epoch)
-        return self.indices[self._order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+            self._epoch, self._order = epoch, self.epoch(epoch)
+        return self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def epoch(self, number: int) -> np.ndarray:
+        """Return the cache indices in the order in which an epoch visits them, int64 (N,)."""
+        return self.indices[order(len(self.indices), self.seed, number)]
 
     def at(self, step: int) -> list[Batch]:
         """Return this rank's micro-batches of optimizer step `step` (counted from 0)."""
         pieces = np.split(self.examples(step), self.world * self.accumulate)
         own = pieces[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
-        return [
+        batches = [
             collate(self.cache, piece, max_length=self.max_length, cls=self.cls, black_pixels=self.black_pixels)
             for piece in own
         ]
+        return [rounded(b, self.max_length + self.cls) for b in batches] if self.rounding else batches
 
     def starting(self, step: int) -> Iterator[list[Batch]]:
         """Yield at(step), at(step + 1), ... without end."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -19,6 +19,11 @@ from tasks import splits
 from tasks.cache_writer import CacheWriter
 from tasks.pathfinder_files import Sample, decode_into, list_samples, skip_known_empty
 from tasks.registry import Task, TaskOptions, register
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.registry import FreshDrawer
 
 RESOLUTIONS = {"pathfinder": 32, "path64": 64, "pathx": 128, "path256": 256}
 # The release's folder of each difficulty; LRA uses the hardest.
@@ -138,6 +143,43 @@ def draw(options: TaskOptions, out_png: Path, *, resolution: int) -> None:
     show_pathfinder(out_png, resolutions=[resolution], pairs=3, **knobs)
 
 
+def fresh(options: TaskOptions, seed: int, device: torch.device, *, resolution: int) -> FreshDrawer:
+    """Return a drawer of images that are in no set of `options`: on the GPU if numba-cuda is there, else by threads.
+
+    The images of a (seed, index) are the same bytes on both.
+    """
+    import torch
+
+    from tasks.generate_pathfinder import fresh as draw_on_cpu
+    from tasks.pathfinder_gpu import GpuGenerator
+    from tasks.pathfinder_law import pathfinder_law
+
+    assert isinstance(options, PathfinderOptions)
+    law = (resolution, options.contour_length, options.num_distractors, options.match_contrast)
+    seed += seed == options.seed  # the set's own images are for testing
+    if device.type == "cuda":
+        try:
+            gpu = GpuGenerator(pathfinder_law(*law))
+            return lambda start, count: gpu.draw(seed, start, count).tensors()
+        except ConfigError as e:
+            console.info(f"Fresh images are drawn by the CPU's threads: {e.cause}")
+
+    def on_threads(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        resolution, contour_length, num_distractors, match_contrast = law
+        images, labels = draw_on_cpu(
+            resolution,
+            contour_length,
+            num_distractors=num_distractors,
+            match_contrast=match_contrast,
+            seed=seed,
+            start=start,
+            count=count,
+        )
+        return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device, torch.int64)
+
+    return on_threads
+
+
 def _check_labels(samples: list[Sample], metadata: Path) -> None:
     if {sample.label for sample in samples} != {0, 1}:
         raise DataError(
@@ -239,6 +281,7 @@ for _name, _title, _options in _TASKS:
             generated=True,
             resumable=True,
             draw=partial(draw, resolution=RESOLUTIONS[_name]),
+            fresh=partial(fresh, resolution=RESOLUTIONS[_name]),
             write_release=partial(write_release, resolution=RESOLUTIONS[_name]),
             class_names=("separate", "connected"),
             card=_CARD.format(side=RESOLUTIONS[_name]) + f"- **Published.** {_PUBLISHED[_name]}\n",

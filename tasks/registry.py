@@ -20,7 +20,12 @@ from pydantic import BaseModel, ConfigDict
 from lra.base.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from tasks.cache import CacheWriter
+
+    FreshDrawer = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+    """(start, count) -> images (count, pixels) uint8 and labels (count,) int64 on the device."""
 
 # Imported one by one until the asked name is found, so that `--help` and `list` stay quick.
 _MODULES = {
@@ -80,6 +85,7 @@ class Task:
     DataError; it is None for tasks that are only generated. `build(options, source, writer)` fills the cache; a
     `resumable` one fills a reserved block in order and goes on where a killed build stopped.
     `draw(options, file)` saves a picture that shows more than the tokens do.
+    `fresh(options, seed, device)` returns a drawer of new examples, the same for the same seed and indices.
     `write_release(options, folder)` writes generated data as the official files instead and returns their folder.
     """
 
@@ -101,6 +107,7 @@ class Task:
     resumable: bool = False
     write_release: Callable[[TaskOptions, Path], Path] | None = None
     draw: Callable[[TaskOptions, Path], None] | None = None
+    fresh: Callable[[TaskOptions, int, torch.device], FreshDrawer] | None = None
     class_names: tuple[str, ...] = ()
     token_names: tuple[str, ...] = ()
     version: int = 1

@@ -18,11 +18,12 @@ from lra import train as training
 from lra.base.errors import RunError, Stopped
 from lra.config import RunConfig
 from lra.experiment import open_data
+from lra.feed import Data, make_batches
 from lra.learner import Learner
 from lra.preempt import StopRequest
 from lra.recipes import make_config
 from lra.run_dir import RunDir
-from lra.train import Data, make_batches, train
+from lra.train import train
 from tasks.cache import build_cache
 from tasks.registry import get
 from tests.reliability.tools import ALONE, assert_same_outcome, same_numbers, tiny_config, tiny_values
