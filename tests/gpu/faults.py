@@ -39,7 +39,9 @@ _SOFTMAX, _FORWARD, _PREPROCESS = "common/softmax.cuh", "generic_forward.cu", "g
 _KEYS, _QUERIES, _POSTPROCESS = "generic_backward_keys.cu", "generic_backward_queries.cu", "generic_postprocess.cu"
 _PHILOX, _TILES, _TYPES = "common/philox.cuh", "common/tiles.cuh", "common/types.cuh"
 
-FAULTS = [
+_HOPPER_FORWARD, _HOPPER_BACKWARD, _WARPGROUPS = "hopper_forward.cu", "hopper_backward.cu", "common/warpgroups.cuh"
+
+_GENERIC = [
     Fault("forward: one key too many", _SOFTMAX, "x = 8 * n < seen ? x : 0.f;", "x = 8 * n <= seen ? x : 0.f;"),
     Fault("forward: sums are not rescaled", _SOFTMAX, "rows.sum[m][i] *= shrink;", ""),
     Fault(
@@ -100,7 +102,73 @@ FAULTS = [
         far=True,
     ),
     Fault("offset of a sequence in 32 bits", _TYPES, "start * s.row +", "(int)(start * s.row) +", far=True),
-]  # fmt: skip
+]
+
+_HOPPER = [
+    Fault("forward: a stage is read before it was filled", _HOPPER_FORWARD, "ring.filled());", "ring.emptied());"),
+    Fault(
+        "forward: keys of the last group left out",
+        _HOPPER_FORWARD,
+        "(warp / 4 + 1) * 64 + w.offset",
+        "(warp / 4) * 64 + w.offset",
+    ),
+    Fault(
+        "forward: rows after the last sequence are left",
+        _HOPPER_FORWARD,
+        "if (w.tail) empty_rows(p, w);",
+        "if (w.tail) continue;",
+    ),
+    Fault("forward: one dropout mask for all columns of a step", _HOPPER_FORWARD, "column_tile + n / 4", "column_tile"),
+    Fault(
+        "backward: mask off by one", _HOPPER_BACKWARD, "if (8 * n + e < first_seen)", "if (8 * n + e + 1 < first_seen)"
+    ),
+    Fault("backward: dK without the scale", _HOPPER_BACKWARD, "keys.dk, p.scale, p.scale", "keys.dk, 1.f, 1.f"),
+    Fault(
+        "backward: every 16 keys draw the first's mask",
+        _HOPPER_BACKWARD,
+        "first_key & 16 ? keep[2 + h] : keep[h]",
+        "keep[h]",
+    ),
+    Fault(
+        "backward: dP without the factor of dropout",
+        _HOPPER_BACKWARD,
+        "gx = masked(gx, low_mask(pair)) * p.keep_scale;",
+        "gx = masked(gx, low_mask(pair));",
+    ),
+    Fault(
+        "backward: dS is read before it was written",
+        _HOPPER_BACKWARD,
+        "await(places.ds_filled(ds.slot), ds.filled());",
+        "",
+    ),
+    Fault(
+        "backward: dQ of the last tile is lost",
+        _HOPPER_BACKWARD,
+        "if (num_tiles > start && turn_before == group)",
+        "if (false)",
+    ),
+    Fault(
+        "backward: gradients beyond key_lengths are left",
+        _HOPPER_BACKWARD,
+        "if (!copier) zero_keys(",
+        "if (false) zero_keys(",
+    ),
+    Fault(
+        "copies: offset of a row in 32 bits",
+        _WARPGROUPS,
+        "from = base + (i64)(first + row) * row_stride + chunk * 8;",
+        "from = base + (int)((first + row) * row_stride) + chunk * 8;",
+        far=True,
+    ),
+]
+
+# What both families compile is planted for both.
+_SHARED = (_SOFTMAX, _POSTPROCESS)
+FAULTS = [
+    *_GENERIC,
+    *(fault._replace(family="hopper") for fault in _HOPPER),
+    *(fault._replace(family="hopper") for fault in _GENERIC if fault.file in _SHARED),
+]
 
 
 def battery(head_dim: int, dtype: torch.dtype, far: bool) -> list[Drawn]:
@@ -151,20 +219,20 @@ def detect(family: families.Family, head_dim: int, dtype: torch.dtype, far: bool
     return wrong
 
 
-def build(head_dim: int, dtype: str) -> None:
-    """Build what `detect` will call, four at a time; CompileError where the planted text is no CUDA."""
-    major, minor = torch.cuda.get_device_capability()
+def build(family: families.Family, head_dim: int, dtype: str, arch: str) -> None:
+    """Build what `detect` will call, two at a time; CompileError where the planted text is no CUDA."""
     width = kernel_plan.width_of(head_dim)
     plans = [p for p in kernel_plan.all_plans() if p.dtype == dtype and (p.kernel == "preprocess" or p.width == width)]
-    arch = compiler.architecture((major, minor))
-    with ThreadPoolExecutor(4) as pool:
+    plans = [p for p in plans if family == "hopper" or not p.hopper]
+    with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda plan: compiler.build(plan, arch), plans))
 
 
 def main(family: families.Family, head_dim: int, dtype: str, place: str) -> int:
     """Print what was noticed; NOTICED, NOTHING, or NOT_BUILT."""
+    major, minor = torch.cuda.get_device_capability()
     try:
-        build(head_dim, dtype)
+        build(family, head_dim, dtype, compiler.architecture((major, minor)))
     except compiler.CompileError as error:
         print(error)
         return NOT_BUILT
