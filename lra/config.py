@@ -73,6 +73,9 @@ class ModelConfig(Section):
     norm_eps: float = Field(default=1e-6, gt=0)
     qk_norm: bool = False
     """RMS-normalise each head's queries and keys before the scores."""
+    qk_gain: float = Field(default=1.0, gt=0)
+    """qk_norm: what the queries' norm multiplies by at first (a trainable weight); scores start at most
+    qk_gain * sqrt(head dim) apart from 0."""
     attention_bias: bool = True
     """Biases in the four attention projections (google: none)."""
     input: Literal["embedding", "scalar"] = "embedding"

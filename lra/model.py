@@ -52,6 +52,8 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(model.attention_width, model.width, bias=model.attention_bias)
         self.q_norm = nn.RMSNorm(model.head_dim) if model.qk_norm else None
         self.k_norm = nn.RMSNorm(model.head_dim) if model.qk_norm else None
+        if self.q_norm is not None:
+            nn.init.constant_(self.q_norm.weight, model.qk_gain)
 
     def forward(self, x_TE: Tensor, packed: Packed, keys: KeyRows | None, turn: Turn | None, seed: Tensor) -> Tensor:
         """Return (T, E); `seed` is this layer's int64 pair for the dropout mask."""

@@ -48,18 +48,27 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Move every parameter that has a gradient; where `found_inf` (a scalar, set by the loop) is 1, none."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
             gradients = [p.grad for p in parameters]
+            alive: float | Tensor = 1.0
+            if found_inf is not None:
+                # Zero times NaN is NaN: what is not finite must not reach a sum at all.
+                gradients = [torch.where(found_inf > 0, 0.0, gradient) for gradient in gradients]
+                alive = 1.0 - found_inf
             momenta = [self._momentum(p) for p in parameters]
-            torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])
+            steps = torch._foreach_sub(gradients, momenta)
+            torch._foreach_mul_(steps, (1.0 - group["momentum"]) * alive)
+            torch._foreach_add_(momenta, steps)
             updates = list(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+            rate = group["lr"] * alive
             if group["weight_decay"]:
-                torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
-            _move(parameters, updates, group["parts"], group["lr"])
+                torch._foreach_mul_(parameters, 1.0 - rate * group["weight_decay"])
+            _move(parameters, updates, group["parts"], rate)
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]
@@ -68,8 +77,8 @@ class Muon(Optimizer):
         return state["momentum_buffer"]
 
 
-def _move(parameters: list[nn.Parameter], updates: list[Tensor], parts: int, rate: float) -> None:
-    """Subtract the orthogonalised updates, matrices of one shape at once."""
+def _move(parameters: list[nn.Parameter], updates: list[Tensor], parts: int, rate: float | Tensor) -> None:
+    """Subtract the orthogonalised updates times `rate`, matrices of one shape at once."""
     by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     for parameter, update in zip(parameters, updates, strict=True):
         for weight, change in zip(parameter.chunk(parts), update.chunk(parts), strict=True):
@@ -78,8 +87,8 @@ def _move(parameters: list[nn.Parameter], updates: list[Tensor], parts: int, rat
         stack = torch.stack([change for _, change in pairs])
         tall = rows > columns
         stack = orthogonalized(stack.mT if tall else stack)
-        changes = list((stack.mT if tall else stack).to(pairs[0][0].dtype).unbind())
-        torch._foreach_add_([weight for weight, _ in pairs], changes, alpha=-rate * math.sqrt(max(1.0, rows / columns)))
+        stack = (stack.mT if tall else stack).to(pairs[0][0].dtype) * (rate * math.sqrt(max(1.0, rows / columns)))
+        torch._foreach_sub_([weight for weight, _ in pairs], list(stack.unbind()))
 
 
 class MuonAdamW(Optimizer):
@@ -87,6 +96,12 @@ class MuonAdamW(Optimizer):
 
     def __init__(self, adamw: AdamW, muon: Muon) -> None:
         self.adamw, self.muon = adamw, muon
+        # torch's own sign of an optimizer that does nothing where `found_inf` is 1; AdamW's fused form does.
+        self._step_supports_amp_scaling = bool(adamw.defaults["fused"])
+        if isinstance(adamw.defaults["lr"], Tensor):
+            # Rates in memory can change under a recorded step (CUDA graph).
+            for group in muon.param_groups:
+                group["lr"] = torch.zeros_like(adamw.defaults["lr"])
         super().__init__([*adamw.param_groups, *muon.param_groups], {})
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -95,4 +110,5 @@ class MuonAdamW(Optimizer):
         for part, groups in ((self.adamw, self.param_groups[:cut]), (self.muon, self.param_groups[cut:])):
             # State and groups are this object's: loading a checkpoint replaces them.
             part.param_groups, part.state = groups, self.state
+            setattr(part, "found_inf", getattr(self, "found_inf", None))  # noqa: B010
             part.step()
