@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,15 @@ import attention_kernels as ak
 import lra.mixers
 from attention_kernels import BlockLayout
 from lra.config import AttentionConfig
-from lra.packing import Packed, pack_info, pad, unpad
+from lra.packing import Packed, pack_info, pad, take_rows, unpad
 from tasks.batches import Keys
 
 
 class KeyRows(NamedTuple):
-    """The rows of the packed batch that serve as keys, and where each sequence's lie among them."""
+    """The rows of the packed batch that serve as keys, and where each sequence's lie among them.
+
+    Entries of index_K after the last sequence's are T, no row of the batch.
+    """
 
     index_K: Tensor
     packed: Packed
@@ -40,7 +43,7 @@ def only_keys(k_THD: Tensor, v_THD: Tensor, packed: Packed, keys: KeyRows | None
     """Return the rows of k and v that may be attended to, and where each sequence's lie among them."""
     if keys is None:
         return k_THD, v_THD, packed
-    return k_THD[keys.index_K], v_THD[keys.index_K], keys.packed
+    return take_rows(k_THD, keys.index_K), take_rows(v_THD, keys.index_K), keys.packed
 
 
 class Backend(nn.Module):
@@ -49,6 +52,11 @@ class Backend(nn.Module):
     forward(q_THD, k_THD, v_THD, packed, keys, *, dropout_p, dropout_seed, softmax_scale) -> out_THD, with
     dropout_seed an int64 tensor of two on the inputs' device.
     """
+
+    static: ClassVar[bool] = False
+    """Its forward asks the host for no value of a tensor: torch.compile traces it whole and CUDA graphs record it."""
+    linear_memory: ClassVar[bool] = False
+    """Its memory grows with the length and not with its square, so an evaluation batch may be as large as is quick."""
 
     def __init__(self, config: AttentionConfig, num_heads: int, head_dim: int, max_length: int) -> None:
         super().__init__()
@@ -90,10 +98,15 @@ def backend_names() -> list[str]:
     return list(_BACKENDS)
 
 
+def backend_class(name: str) -> type[Backend]:
+    """Return the class registered under a name."""
+    _import_mixers()
+    return _BACKENDS[name]
+
+
 def make_backend(config: AttentionConfig, num_heads: int, head_dim: int, max_length: int) -> Backend:
     """Build the backend that the recipe names for sequences of at most max_length rows."""
-    _import_mixers()
-    return _BACKENDS[config.backend](config, num_heads, head_dim, max_length)
+    return backend_class(config.backend)(config, num_heads, head_dim, max_length)
 
 
 class _Padded(Backend):
@@ -134,6 +147,8 @@ class _Padded(Backend):
 class Standard(_Padded):
     """Softmax attention that writes the L x L scores to memory, as before FlashAttention."""
 
+    static = True
+
     @staticmethod
     def rectangle(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, **arguments: Any) -> Tensor:
         """Return (B, Lq, H, D)."""
@@ -143,6 +158,8 @@ class Standard(_Padded):
 @register("flash")
 class Flash(Backend):
     """Exact tiled attention with linear memory on packed rows; no padding is computed."""
+
+    static, linear_memory = True, True
 
     def __init__(self, config: AttentionConfig, num_heads: int, head_dim: int, max_length: int) -> None:
         super().__init__(config, num_heads, head_dim, max_length)
@@ -183,10 +200,18 @@ class Flash(Backend):
 class BlockSparse(Backend):
     """FlashAttention over the non-zero blocks of a layout; skipped blocks cost nothing."""
 
+    static, linear_memory = True, True
+
     def __init__(self, config: AttentionConfig, num_heads: int, head_dim: int, max_length: int) -> None:
         super().__init__(config, num_heads, head_dim, max_length)
         self.deterministic = config.deterministic
         self.layout = make_layout(config, max_length)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparse:
+        """Take the layout along when the module moves to another device."""
+        super()._apply(fn, recurse)
+        self.layout = self.layout.to(fn(self.layout.row_ptr).device)
+        return self
 
     def forward(
         self,
@@ -203,7 +228,6 @@ class BlockSparse(Backend):
         """Return the attention output (T, H, D)."""
         if keys is not None:
             raise ValueError("block_sparse attends by position; it cannot leave out single keys.")
-        self.layout = self.layout.to(q_THD.device)
         out_THD = ak.block_sparse_attention_varlen(
             q_THD,
             k_THD,
@@ -223,6 +247,8 @@ class BlockSparse(Backend):
 @register("sdpa")
 class Sdpa(_Padded):
     """PyTorch's scaled_dot_product_attention, padded: what a PyTorch user writes. It draws its own dropout mask."""
+
+    static = True
 
     @staticmethod
     def rectangle(

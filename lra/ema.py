@@ -19,14 +19,26 @@ class Ema:
         self.decay = decay
         self.num_updates = 0
         self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        # On the device, so that a recorded step (CUDA graph) finds the weight of its own time here.
+        self.weight = torch.zeros((), device=next(iter(self.average.values())).device)
 
-    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards the model's weights; call after each optimizer step."""
+        self.advance()
+        self.move(model)
+
+    def advance(self) -> None:
+        """Count an update: the part that the host does."""
         self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        weights = dict(model.named_parameters())
-        torch._foreach_lerp_(list(self.average.values()), [weights[n] for n in self.average], 1.0 - decay)
+        self.weight.fill_(1.0 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)))
+
+    @torch.no_grad()
+    def move(self, model: nn.Module, alive: Tensor | None = None) -> None:
+        """Move the average: the part that the device does. `alive` (a scalar, 1 or 0) lets it stay where it is."""
+        weights, averages = dict(model.named_parameters()), list(self.average.values())
+        steps = torch._foreach_sub([weights[name] for name in self.average], averages)
+        torch._foreach_mul_(steps, self.weight if alive is None else self.weight * alive)
+        torch._foreach_add_(averages, steps)
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:

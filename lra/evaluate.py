@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from lra.attention import backend_class
 from lra.base.console import progress
 from lra.base.errors import Stopped
 from lra.base.files import write_json_atomic
@@ -20,10 +23,14 @@ from lra.distributed import World
 from lra.model import Classifier
 from lra.preempt import StopRequest
 from lra.statistics import wilson_interval
-from tasks.batches import Batch, collate, prefetch
+from tasks.batches import Batch, collate, prefetch, rounded
 from tasks.cache import Cache
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Tokens of an evaluation batch on a GPU, about: more of them are no quicker.
+TOKENS_AT_ONCE = 1 << 19
+# Batches that the GPU may be behind the host; each keeps its page-locked memory.
+MAX_UNREAD = 4
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,14 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
 def eval_batches(
     config: RunConfig, cache: Cache, indices: np.ndarray, world: World, start: int
 ) -> Iterator[tuple[int, np.ndarray, Batch | None]]:
-    """Yield (place after the batch, this process's places, its Batch); None where the last batch has none for it."""
-    train = config.train
-    size = train.eval_batch_size or max(train.batch_size // train.accumulate, 1)
+    """Yield (place after the batch, this process's places, its Batch); None where the last batch has none for it.
+
+    On a GPU every batch has one number of sequences and one of few numbers of rows, for compiled code's sake.
+    """
+    on_gpu = world.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(world.device)
+    size = batch_size(config, cache.documents, on_gpu)
     for first in range(start, len(indices), size):
         places = np.arange(first, min(first + size, len(indices)))[world.rank :: world.size]
         batch = None
@@ -83,7 +95,21 @@ def eval_batches(
                 cls=config.model.pooling == "cls",
                 black_pixels=config.data.black_pixels,
             )
+            if on_gpu:
+                most = min(-(-size // world.size), -(-len(indices) // world.size))
+                batch = rounded(batch, config.max_length + batch.cls, most)
         yield min(first + size, len(indices)), places, batch
+
+
+def batch_size(config: RunConfig, documents: int, on_gpu: bool) -> int:
+    """Return the examples of an evaluation batch, over all processes."""
+    train = config.train
+    if train.eval_batch_size is not None:
+        return train.eval_batch_size
+    micro_batch = max(train.batch_size // train.accumulate, 1)
+    if not on_gpu or not backend_class(config.attention.backend).linear_memory:
+        return micro_batch
+    return max(micro_batch, TOKENS_AT_ONCE // (documents * config.max_length))
 
 
 def evaluate(
@@ -93,19 +119,25 @@ def evaluate(
     indices: np.ndarray,
     world: World,
     *,
+    forward: Callable[[Batch], Tensor] | None = None,
     stop: StopRequest | None = None,
     partial: Path | None = None,
     title: str = "evaluate",
 ) -> Scores:
-    """Score `model` on the examples `indices`.
+    """Score `model` on the examples `indices`; `forward` is its compiled form, if there is one.
 
-    With `stop`, a stop request writes what was done to `partial` and raises Stopped; the next call with the same
-    `partial` goes on from there. The file is removed at the end; its name must tell model and split apart.
+    The host reads nothing until the end (or a stop), so a GPU computes without a pause. With `stop`, a stop request
+    writes what was done to `partial` and raises Stopped; the next call with the same `partial` goes on from there. The
+    file is removed at the end; its name must tell model and split apart.
     """
     key = _partial_key(config, len(indices))
     predictions, loss_sum, start = _read_partial(partial, key, len(indices), world)
     device, was_training = world.device, model.training
+    forward = forward or model
+    found: list[tuple[np.ndarray, Tensor]] = []
+    loss = torch.tensor(loss_sum, dtype=torch.float64, device=device)
     model.eval()
+    pace = Pace(device)
     feed = prefetch(eval_batches(config, cache, indices, world, start), pin=device.type == "cuda")
     try:
         with progress(len(indices), title, "examples", start) as bar, torch.no_grad(), autocast(config, device):
@@ -113,23 +145,50 @@ def evaluate(
             for after, places, batch in feed:
                 if batch is not None:
                     batch = batch.to(device)
-                    logits_BC = model(batch)
-                    predictions[places] = logits_BC.argmax(1).cpu().numpy()
-                    loss_sum += F.cross_entropy(logits_BC, batch.labels_B, reduction="sum").item()
+                    logits_BC = forward(batch)
+                    found.append((places, logits_BC.argmax(1)[: len(places)]))
+                    loss += F.cross_entropy(logits_BC, batch.labels_B, reduction="sum")
+                    pace.step()
                 bar.advance(after - done)
                 done = after
                 if stop is not None and done < len(indices) and world.any(stop.reason is not None):
-                    predictions, loss_sum = _merge(world, predictions, loss_sum)
+                    predictions, loss_sum = _merge(world, *_read(predictions, found, loss))
                     _write_partial(world, partial, key, predictions, loss_sum, done)
                     raise Stopped(f"Stopped after evaluating {done:,} of {len(indices):,} examples: {stop.why}.")
     finally:
         feed.close()
         model.train(was_training)
-    predictions, loss_sum = _merge(world, predictions, loss_sum)
+    predictions, loss_sum = _merge(world, *_read(predictions, found, loss))
     if partial is not None and world.is_main:
         partial.unlink(missing_ok=True)
     labels = np.asarray(cache.labels[indices], dtype=np.int64)
     return Scores(predictions, labels, loss_sum / max(len(indices), 1))
+
+
+class Pace:
+    """Keeps the host at most MAX_UNREAD batches ahead of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.events: deque[torch.cuda.Event] = deque()
+
+    def step(self) -> None:
+        """Call after each batch."""
+        if not self.on_gpu:
+            return
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        self.events.append(event)
+        if len(self.events) > MAX_UNREAD:
+            self.events.popleft().synchronize()
+
+
+def _read(predictions: np.ndarray, found: list[tuple[np.ndarray, Tensor]], loss: Tensor) -> tuple[np.ndarray, float]:
+    """Bring what the device found to the host; `predictions` is filled in."""
+    if found:
+        guesses = torch.cat([guess for _, guess in found]).cpu().numpy()
+        predictions[np.concatenate([places for places, _ in found])] = guesses
+    return predictions, float(loss.item())
 
 
 def _merge(world: World, predictions: np.ndarray, loss_sum: float) -> tuple[np.ndarray, float]:

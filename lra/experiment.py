@@ -6,12 +6,14 @@ import csv
 import io
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import attention_kernels as ak
 from lra import checkpoint as checkpoints
@@ -33,6 +35,7 @@ from lra.run_dir import RunDir, environment, now
 from lra.statistics import class_scores, confusion
 from lra.train import train
 from lra.transfer import checkpoint_of, saved_weights
+from tasks.batches import Batch
 from tasks.cache import build_cache, find_cache, open_cache
 from tasks.registry import get
 
@@ -171,24 +174,33 @@ def test_weights(
     tests: dict[str, Scores] = {}
     if choice != "best_val" or best_is_last:
         with learner.watch.measure("eval"), learner.evaluated_weights():
-            tests["last"] = _test(learner.model, config, data, run, world, stop, f"last-step{learner.step}")
+            tests["last"] = _test(
+                learner.model, learner.predict, config, data, run, world, stop, f"last-step{learner.step}"
+            )
     if best_is_last:
         tests["best_val"] = tests["last"]
     elif best is not None and choice != "last":
         saved = checkpoints.load(saved_weights(run, best.step))
         load_weights(learner.model, saved.tensors, averaged=True)
         with learner.watch.measure("eval"):
-            tests["best_val"] = _test(learner.model, config, data, run, world, stop, f"best-step{best.step}")
+            name = f"best-step{best.step}"
+            tests["best_val"] = _test(learner.model, learner.predict, config, data, run, world, stop, name)
     return tests
 
 
 def _test(
-    model: Classifier, config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRequest, name: str
+    model: Classifier,
+    forward: Callable[[Batch], Tensor],
+    config: RunConfig,
+    data: Data,
+    run: RunDir,
+    world: World,
+    stop: StopRequest,
+    name: str,
 ) -> Scores:
     partial = run.path / f"partial-test-{config.attention.backend}-{name}.json"
-    return evaluate(
-        model, config, data.cache, data.splits["test"], world, stop=stop, partial=partial, title=f"test {name}"
-    )
+    title, indices = f"test {name}", data.splits["test"]
+    return evaluate(model, config, data.cache, indices, world, forward=forward, stop=stop, partial=partial, title=title)
 
 
 def run_evaluation(
@@ -214,7 +226,7 @@ def run_evaluation(
         load_weights(model, saved.tensors, averaged=True)
         check_fits(config, num_parameters(model), world.device, world.size)
         try:
-            scores = _test(model, config, data, run, world, stop, f"{which}-step{saved.step}")
+            scores = _test(model, model, config, data, run, world, stop, f"{which}-step{saved.step}")
         except Stopped as e:
             raise Stopped(e.cause, "Give the same command again: it goes on from there.") from e
         name = f"{config.attention.backend}-{which}"
@@ -316,7 +328,7 @@ def dry_run(config: RunConfig) -> str:
 def check_compiler(config: RunConfig, world: World) -> None:
     """Raise ConfigError if the recipe wants torch.compile on the CPU and the machine has no C++ compiler for it."""
     compiler = os.environ.get("CXX", "g++")
-    if config.train.compile and world.device.type == "cpu" and shutil.which(compiler) is None:
+    if config.train.compile is True and world.device.type == "cpu" and shutil.which(compiler) is None:
         raise ConfigError(
             f"train.compile=true needs a C++ compiler on the CPU, and {compiler} is not there.",
             "Install g++, name another in CXX, or leave train.compile=false.",

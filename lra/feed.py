@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from lra.base.errors import ConfigError
 from lra.base.seeds import torch_seed
@@ -26,14 +27,24 @@ class Data:
     split_rule: str
 
 
-def batch_feed(batches: TrainBatches | ImageBatches, step: int, stop: int) -> Generator[list[Batch]]:
+def batch_feed(
+    batches: TrainBatches | ImageBatches, step: int, stop: int, device: torch.device
+) -> Generator[list[Batch]]:
     """Yield the batches of steps step ... stop - 1: by a thread ahead of time, unless they are made on the GPU."""
     steps = (batches.at(number) for number in range(step, stop))
     if isinstance(batches, ImageBatches) and batches.on_device:
         yield from steps
         return
-    with prefetch(steps, depth=3) as ahead:
+    on_gpu = device.type == "cuda"
+    with prefetch(_made_for(device, steps), depth=3, pin=on_gpu) as ahead:
         yield from ahead
+
+
+def _made_for(device: torch.device, steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+    """Yield the batches, in whatever thread: each has a current GPU of its own, whose memory pinning would take."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    yield from steps
 
 
 def make_batches(config: RunConfig, data: Data, world: World) -> TrainBatches | ImageBatches:
@@ -56,6 +67,7 @@ def make_batches(config: RunConfig, data: Data, world: World) -> TrainBatches | 
         rank=world.rank,
         world=world.size,
         accumulate=train.accumulate,
+        rounding=world.device.type == "cuda",
     )
     side = side_of_whole_images(config)
     return batches if side is None else image_batches(config, batches, side, world)

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lra import checkpoint as checkpoints
+from lra.attention import backend_class
 from lra.base.console import info, warn
 from lra.base.errors import RunError
 from lra.base.seeds import torch_seed
 from lra.config import RunConfig
 from lra.distributed import World
 from lra.ema import Ema
-from lra.model import Classifier
+from lra.graphs import Graphs
+from lra.memory import available_bytes, estimate
+from lra.model import Classifier, num_parameters
 from lra.optim import make_optimizer
 from lra.recipes import fingerprint
 from lra.run_dir import RunDir, Stopwatch
@@ -28,6 +31,8 @@ from tasks.batches import Batch
 
 # In the name of every weight that belongs to an attention backend (Linformer's projections, Performer's features).
 _OF_ATTENTION = ".attention.backend."
+# Fewer steps than these do not win back the half minute that torch.compile takes.
+COMPILE_FROM_STEPS = 1000
 
 
 @dataclass
@@ -51,6 +56,17 @@ class Window:
     """Steps in a row whose windows lay in the band of train.restart."""
 
 
+class Gate:
+    """Holds updates back on the device, for good from the first step on that is not finite.
+
+    `alive` float32 (): 1, or 0 from then on. `numbers` float32 (2,): loss and gradient norm of the newest step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.alive = torch.ones((), device=device)
+        self.numbers = torch.zeros(2, device=device)
+
+
 @dataclass
 class Learner:
     """Everything that one optimizer step changes, and how far it is."""
@@ -60,6 +76,11 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Ema | None
+    predict: Callable[[Batch], Tensor]
+    """As `forward`, for evaluation: never exchanges anything with other processes."""
+    gate: Gate | None = None
+    """None: the host reads every step's numbers before the update."""
+    graphs: Graphs | None = None
     step: int = 0
     evaluated_step: int = 0
     best: Best | None = None
@@ -84,13 +105,59 @@ def make_learner(config: RunConfig, world: World) -> Learner:
     wrapped: nn.Module = model
     if world.size > 1:
         wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
-    return Learner(
+    compiles, traced_whole = wants_compile(config, world.device), backend_class(config.attention.backend).static
+    forward = compiled(wrapped, traced_whole) if compiles else wrapped
+    learner = Learner(
         model=model,
-        forward=torch.compile(wrapped) if config.train.compile else wrapped,
+        forward=forward,
+        predict=forward if wrapped is model else compiled(model, traced_whole) if compiles else model,
         optimizer=make_optimizer(model, config.train),
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16"),
         ema=None if config.train.ema is None else Ema(model, config.train.ema),
     )
+    # The attribute is torch's own sign of an optimizer that honours found_inf.
+    holds_back = getattr(learner.optimizer, "_step_supports_amp_scaling", False)
+    if world.device.type == "cuda" and holds_back and not learner.scaler.is_enabled():
+        learner.gate = Gate(world.device)
+        if wants_graphs(config, world, num_parameters(model)):
+            learner.graphs = Graphs(world.device)
+    return learner
+
+
+def wants_compile(config: RunConfig, device: torch.device) -> bool:
+    """Whether the recipe's `train.compile` means compilation on this device."""
+    train = config.train
+    if train.compile != "auto":
+        return train.compile
+    whole = backend_class(config.attention.backend).static
+    return device.type == "cuda" and whole and train.steps >= COMPILE_FROM_STEPS
+
+
+def wants_graphs(config: RunConfig, world: World, num_parameters: int) -> bool:
+    """Whether whole steps are recorded; recordings have memory of their own beside that of steps run plainly."""
+    if config.train.cuda_graph == "off" or config.train.accumulate > 1 or world.size > 1:
+        return False
+    if not backend_class(config.attention.backend).static:
+        return False
+    return 2 * estimate(config, num_parameters).total <= available_bytes(world.device)
+
+
+def compiled(module: nn.Module, traced_whole: bool) -> Callable[[Batch], Tensor]:
+    """Return the compiled forward, one code for every number of rows where lengths vary.
+
+    `traced_whole`: raise where anything in it cannot be traced, instead of running that part plainly.
+    """
+    forward = torch.compile(module, fullgraph=traced_whole)
+
+    def run(batch: Batch) -> Tensor:
+        if not batch.uniform:
+            rows = [batch.tokens_T, batch.positions_T]
+            for tensor in rows if batch.keys is None else [*rows, batch.keys.index_K]:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        logits: Tensor = forward(batch)
+        return logits
+
+    return run
 
 
 def save(learner: Learner, config: RunConfig, run: RunDir, world: World) -> None:

@@ -5,7 +5,7 @@ Padding and unpadding are index copies along unique rows, so their backward is a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +20,21 @@ class Packed(NamedTuple):
     """Rows of the longest sequence, or an upper bound."""
     padded_row_T: Tensor
     """(T,) int64: the row's place in the padded (S * max_length) form; S * max_length for rows after the last."""
+    is_uniform: bool = False
+    """Whether every sequence has max_length rows and none follow, so that packed and padded are the same memory."""
 
     @property
     def num_sequences(self) -> int:
         """S."""
         return self.cu_seqlens.shape[0] - 1
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every sequence has max_length rows, so that packed and padded are one and the same memory."""
-        return self.padded_row_T.shape[0] == self.num_sequences * self.max_length
 
+def pack_info(cu_seqlens: Tensor, max_length: int, num_rows: int, *, uniform: bool = False) -> Packed:
+    """Return the Packed of `num_rows` rows with boundaries `cu_seqlens`. No host synchronisation.
 
-def pack_info(cu_seqlens: Tensor, max_length: int, num_rows: int) -> Packed:
-    """Return the Packed of `num_rows` rows with boundaries `cu_seqlens`. No host synchronisation."""
+    `uniform` is the caller's word that every sequence has max_length rows: the shapes alone do not tell it, for
+    max_length may be an upper bound and rows may follow the last sequence.
+    """
     rows = torch.arange(num_rows, device=cu_seqlens.device)
     ends = cu_seqlens[1:].to(torch.int64)
     sequence_T = torch.searchsorted(ends, rows, right=True)
@@ -42,7 +43,7 @@ def pack_info(cu_seqlens: Tensor, max_length: int, num_rows: int) -> Packed:
     padded_row_T = torch.where(
         sequence_T < num_sequences, sequence_T * max_length + rows - starts, num_sequences * max_length
     )
-    return Packed(cu_seqlens, max_length, padded_row_T)
+    return Packed(cu_seqlens, max_length, padded_row_T, uniform)
 
 
 def pad(x_T: Tensor, packed: Packed) -> Tensor:
@@ -68,3 +69,27 @@ def real_rows(packed: Packed) -> Tensor:
     """Return (S, max_length) booleans: which rows of the padded form hold a token."""
     lengths = packed.cu_seqlens.diff()
     return torch.arange(packed.max_length, device=lengths.device) < lengths[:, None]
+
+
+def take_rows(x_T: Tensor, index_K: Tensor) -> Tensor:
+    """Return the rows index_K (int64) of x_T, all different; an index of T, which may repeat, gives an unused row.
+
+    The gradient is copied back to each row's place: no sums, no atomics, the same bits every time.
+    """
+    taken: Tensor = _TakeRows.apply(x_T, index_K)
+    return taken
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_T: Tensor, index_K: Tensor) -> Tensor:
+        ctx.save_for_backward(index_K)
+        ctx.num_rows = x_T.shape[0]
+        return x_T.index_select(0, index_K.clamp(max=x_T.shape[0] - 1))
+
+    @staticmethod
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None]:
+        (index_K,) = ctx.saved_tensors
+        # One spare row takes what belongs to no row.
+        grad = grad_K.new_zeros(ctx.num_rows + 1, *grad_K.shape[1:])
+        return grad.index_copy(0, index_K, grad_K)[:-1], None

@@ -28,18 +28,18 @@ class StuckError(LraError):
         self.attempt = attempt
 
 
-def watch_stuck(learner: Learner, config: RunConfig, mean_loss: float) -> None:
-    """Count the steps of a window whose mean loss lies in the band; raise StuckError when the rule is met."""
+def watch_stuck(learner: Learner, config: RunConfig, step: int, mean_loss: float) -> None:
+    """Count the steps of the window before `step` if its mean loss lies in the band; StuckError if the rule is met."""
     rule, window = config.train.restart, learner.window
     if rule is None:
         return
-    counts = learner.step > rule.after and rule.low <= mean_loss <= rule.high
+    counts = step > rule.after and rule.low <= mean_loss <= rule.high
     window.stuck_steps = window.stuck_steps + config.train.log_every if counts else 0
     if window.stuck_steps < rule.steps:
         return
-    attempt = {"seed": config.seed, "step": learner.step, "loss": mean_loss, "seconds": dict(learner.watch.seconds)}
+    attempt = {"seed": config.seed, "step": step, "loss": mean_loss, "seconds": dict(learner.watch.seconds)}
     raise StuckError(
-        f"Stuck at chance: for {window.stuck_steps:,} steps up to step {learner.step:,} the loss was between "
+        f"Stuck at chance: for {window.stuck_steps:,} steps up to step {step:,} the loss was between "
         f"{rule.low} and {rule.high}.",
         attempt,
     )

@@ -2,61 +2,67 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from collections import deque
 
 from lra.base.console import progress
-from lra.base.errors import NonFiniteLossError, Stopped
-from lra.base.files import write_json_atomic
-from lra.base.seeds import torch_seed
+from lra.base.errors import Stopped
 from lra.config import RunConfig
 from lra.distributed import World
-from lra.evaluate import autocast, evaluate
+from lra.evaluate import evaluate
 from lra.feed import Data, batch_feed, make_batches
 from lra.learner import Best, Learner, make_learner, restore, save
-from lra.optim import learning_rate, set_learning_rate
 from lra.preempt import StopRequest
 from lra.run_dir import RunDir
+from lra.step import Numbers, check_arrived, update
 from lra.train_log import Logger
-from tasks.batches import Batch
 
-MAX_FP16_OVERFLOWS = 50
+# Steps that the GPU may be behind the host: enough that neither waits for the other.
+MAX_UNREAD = 3
+# Processes that share a run ask one another so often, on GPUs, whether to stop: each time all wait for all.
+STOP_EVERY = 16
 
 
 def train(config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRequest) -> Learner:
     """Train until `config.train.steps`, from the newest checkpoint if there is one.
 
-    Raises Stopped after a checkpoint when `stop` asks for it, NonFiniteLossError before the update that would have
-    used a NaN, DiskFullError with the last checkpoint intact.
+    Raises Stopped after a checkpoint when `stop` asks for it, NonFiniteLossError with the weights as they were before
+    the update that would have used a NaN, DiskFullError with the last checkpoint intact.
     """
     learner = make_learner(config, world)
     restore(learner, config, run, world)
     batches = make_batches(config, data, world)
-    feed = batch_feed(batches, learner.step, config.train.steps)
+    feed = batch_feed(batches, learner.step, config.train.steps, world.device)
     logger = Logger(config, run, world, learner)
     pause = None
     try:
         with progress(config.train.steps, f"train {config.run_name}", "steps", learner.step) as bar:
+            unread: deque[Numbers] = deque()
+
+            def read(keep: int) -> None:
+                """Take in the numbers of every step but the newest `keep`."""
+                while len(unread) > keep:
+                    numbers = unread.popleft()
+                    with learner.watch.measure("train"):
+                        loss, grad_norm = check_arrived(learner, config, numbers, world, run)
+                    logger.after_step(numbers.step + 1, loss, grad_norm, numbers.micro_batches)
+                    bar.advance(1, f"loss {loss:.4f}")
+
             while True:
                 if validation_due(learner, config):
+                    read(keep=0)
                     validate(learner, config, data, run, world, stop, logger)
                 if learner.step == config.train.steps:
                     break
-                if world.any(stop.reason is not None):
+                if stop_asked(learner.step, world, stop):
+                    read(keep=0)
                     raise Stopped(f"Stopped at step {learner.step:,} of {config.train.steps:,}: {stop.why}.")
-                micro_batches = next(feed)
                 with learner.watch.measure("train"):
-                    loss, grad_norm = update(learner, config, micro_batches, world, run)
-                logger.after_step(loss, grad_norm, micro_batches)
-                bar.advance(1, f"loss {loss:.4f}")
+                    with learner.watch.measure("data"):
+                        micro_batches = next(feed)
+                    unread.append(update(learner, config, micro_batches, world, run))
+                read(keep=0 if learner.gate is None else MAX_UNREAD)
                 if learner.step % config.train.checkpoint_every == 0:
+                    read(keep=0)
                     save(learner, config, run, world)
     except Stopped as e:
         pause = e
@@ -69,86 +75,11 @@ def train(config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRe
     return learner
 
 
-def update(
-    learner: Learner, config: RunConfig, micro_batches: list[Batch], world: World, run: RunDir
-) -> tuple[float, float]:
-    """Do one optimizer step; return the mean loss over all processes and the global gradient norm.
-
-    The generator of dropout is seeded by (seed, step, rank): a step's randomness does not depend on how the run
-    came to it, so a resumed run repeats the undisturbed one bit by bit.
-    """
-    torch.manual_seed(torch_seed(config.seed, "step", learner.step, world.rank))
-    set_learning_rate(learner.optimizer, learning_rate(learner.step, config.train))
-    total_loss = torch.zeros((), device=world.device)
-    for i, batch in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
-        batch = batch.to(world.device)
-        with sync_gradients(learner.forward, last), autocast(config, world.device):
-            logits_BC = learner.forward(batch)
-            loss = F.cross_entropy(logits_BC, batch.labels_B) / len(micro_batches)
-            learner.scaler.scale(loss).backward()
-        total_loss += loss.detach()
-    learner.scaler.unscale_(learner.optimizer)
-    limit = config.train.clip_norm or math.inf
-    grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), limit)
-    # Summed, so that all processes judge the same numbers and a NaN in one of them stops all.
-    loss_value, norm_value = (world.sum(torch.stack((total_loss, grad_norm))) / world.size).tolist()
-    check_finite(learner, config, loss_value, norm_value, run, world)
-    learner.scaler.step(learner.optimizer)
-    learner.scaler.update()
-    learner.optimizer.zero_grad(set_to_none=True)
-    if learner.ema is not None:
-        learner.ema.update(learner.model)
-    learner.step += 1
-    return loss_value, norm_value
-
-
-def sync_gradients(forward: Callable[[Batch], Tensor], last: bool) -> Any:
-    """Context of a micro-batch: under data parallelism only the last one exchanges gradients."""
-    if isinstance(forward, DistributedDataParallel) and not last:
-        return forward.no_sync()
-    return nullcontext()
-
-
-def check_finite(learner: Learner, config: RunConfig, loss: float, grad_norm: float, run: RunDir, world: World) -> None:
-    """Raise NonFiniteLossError before the update if loss or gradient is NaN or infinite; write what is known.
-
-    Under fp16 an infinite gradient is the loss scale's normal search: the scaler skips that step. Fifty in a row,
-    or a loss that is itself not finite, are failures.
-    """
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        learner.overflows = 0
-        return
-    if learner.scaler.is_enabled() and math.isfinite(loss) and learner.overflows < MAX_FP16_OVERFLOWS:
-        learner.overflows += 1
-        return
-    if world.is_main:
-        write_json_atomic(run.path / "nonfinite.json", nonfinite_report(learner, config, loss, grad_norm))
-    raise NonFiniteLossError(
-        f"At step {learner.step:,} the loss was {loss} and the gradient norm {grad_norm}; no update was made.",
-        f"Lower train.learning_rate or set train.clip_norm; {run.path / 'nonfinite.json'} has the largest values.",
-    )
-
-
-def nonfinite_report(learner: Learner, config: RunConfig, loss: float, grad_norm: float) -> dict[str, Any]:
-    """Return what a search for the cause needs; numbers are text, since JSON has no NaN.
-
-    (seed, step) give the batch (TrainBatches.examples) and the dropout masks again.
-    """
-    parameters = dict(learner.model.named_parameters())
-    return {
-        "step": learner.step,
-        "seed": config.seed,
-        "loss": repr(loss),
-        "grad_norm": repr(grad_norm),
-        "largest_gradients": {n: largest(p.grad) for n, p in parameters.items() if p.grad is not None},
-        "largest_weights": {n: largest(p.detach()) for n, p in parameters.items()},
-    }
-
-
-def largest(values: Tensor) -> str:
-    """Return the largest absolute value as text."""
-    return repr(float(values.abs().max()))
+def stop_asked(step: int, world: World, stop: StopRequest) -> bool:
+    """Whether to stop before this step; all processes get the same answer."""
+    if world.size > 1 and world.device.type == "cuda" and step % STOP_EVERY:
+        return False
+    return world.any(stop.reason is not None)
 
 
 def validation_due(learner: Learner, config: RunConfig) -> bool:
@@ -165,7 +96,15 @@ def validate(
     partial = run.path / f"partial-val-step{learner.step}.json"
     with learner.watch.measure("eval"), learner.evaluated_weights():
         scores = evaluate(
-            learner.model, config, data.cache, data.splits["val"], world, stop=stop, partial=partial, title="validate"
+            learner.model,
+            config,
+            data.cache,
+            data.splits["val"],
+            world,
+            forward=learner.predict,
+            stop=stop,
+            partial=partial,
+            title="validate",
         )
     learner.evaluated_step = learner.step
     # Logged before the checkpoint says that it was validated: a kill in between repeats the line and never loses it.

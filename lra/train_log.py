@@ -35,22 +35,25 @@ class Logger:
             with disk_errors(run.path):
                 self.board = SummaryWriter(str(run.path), purge_step=learner.step + 1 if learner.step else None)
 
-    def after_step(self, loss: float, grad_norm: float, micro_batches: list[Batch]) -> None:
-        """Collect; every `log_every` steps write one line with means over the window."""
+    def after_step(self, step: int, loss: float, grad_norm: float, micro_batches: list[Batch]) -> None:
+        """Collect what the step before `step` found; every `log_every` steps write one line with the window's means.
+
+        The learner may be further on by now: a GPU's numbers are read late.
+        """
         window = self.learner.window
         window.losses.append(loss)
         window.num_examples += sum(b.labels_B.shape[0] for b in micro_batches)
         window.num_tokens += sum(b.num_tokens for b in micro_batches)
-        if self.learner.step % self.config.train.log_every:
+        if step % self.config.train.log_every:
             return
         train_s = self.learner.watch["train"]
         elapsed = max(train_s - window.start_s, 1e-9)
         mean_loss = sum(window.losses) / len(window.losses)
         record = {
             "kind": "train",
-            "step": self.learner.step,
+            "step": step,
             "loss": mean_loss,
-            "learning_rate": learning_rate(self.learner.step - 1, self.config.train),
+            "learning_rate": learning_rate(step - 1, self.config.train),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "examples_per_s": window.num_examples / elapsed,
             "tokens_per_s": window.num_tokens / elapsed,
@@ -58,7 +61,7 @@ class Logger:
         }
         self.write(record)
         self.watch_chance(mean_loss)
-        watch_stuck(self.learner, self.config, mean_loss)
+        watch_stuck(self.learner, self.config, step, mean_loss)
         self.learner.window = Window(start_s=train_s, num_stuck=window.num_stuck, stuck_steps=window.stuck_steps)
 
     def after_validation(self, scores: Scores) -> None:

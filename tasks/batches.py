@@ -71,6 +71,15 @@ class Batch:
         """Return the batch in page-locked memory, from which copies to a GPU run in the background."""
         return self._each(torch.Tensor.pin_memory)
 
+    def clone(self) -> Batch:
+        """Return the batch in memory of its own."""
+        return self._each(torch.Tensor.clone)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return everything that `to` copies, in one order."""
+        own = [self.tokens_T, self.positions_T, self.cu_seqlens, self.labels_B]
+        return own if self.keys is None else [*own, self.keys.index_K, self.keys.cu_seqlens]
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         keys = self.keys
         if keys is not None:

@@ -172,6 +172,7 @@ class ImageBatches:
             max_length=kept + self.cls,
             labels_B=labels_B,
             cls=self.cls,
+            uniform=True,
         )
 
     def _frame(self, kept: int) -> tuple[Tensor, Tensor]:

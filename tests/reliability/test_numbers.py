@@ -16,9 +16,10 @@ from lra.base.errors import NonFiniteLossError
 from lra.distributed import World
 from lra.ema import Ema
 from lra.experiment import open_data
+from lra.feed import make_batches
 from lra.learner import Learner, make_learner
 from lra.run_dir import RunDir
-from lra.train import MAX_FP16_OVERFLOWS, check_finite, make_batches, update
+from lra.step import MAX_FP16_OVERFLOWS, check_finite, update
 from tests.reliability.test_resume import differing, everything
 from tests.reliability.tools import ALONE, Server, outcome, tiny_config
 
@@ -27,7 +28,7 @@ def steps(config: Any, num_steps: int, folder: Path) -> tuple[Learner, list[tupl
     """Do some optimizer steps; return the learner, and loss and gradient norm of each."""
     learner = make_learner(config, ALONE)
     batches = make_batches(config, open_data(config), ALONE)
-    return learner, [update(learner, config, batches.at(i), ALONE, RunDir(folder)) for i in range(num_steps)]
+    return learner, [update(learner, config, batches.at(i), ALONE, RunDir(folder)).read() for i in range(num_steps)]
 
 
 POISONS = ["weight-nan", "weight-inf", "loss-nan", "loss-inf", "gradient-nan", "gradient-inf"]
@@ -142,7 +143,7 @@ def test_clipping_caps_the_gradient_and_reports_the_norm_before(data: Path, tmp_
         learner = make_learner(config, ALONE)
         watch(learner)
         batches = make_batches(config, open_data(config), ALONE)
-        _, norm = update(learner, config, batches.at(0), ALONE, RunDir(tmp_path))
+        _, norm = update(learner, config, batches.at(0), ALONE, RunDir(tmp_path)).read()
         assert norm > 0.1
         assert float(taken[-1]) == pytest.approx(0.01 if clip == "0.01" else norm, rel=1e-4)
 

@@ -12,10 +12,11 @@ from lra import learner as learner_module
 from lra.config import RunConfig
 from lra.distributed import World
 from lra.experiment import open_data, run_training
+from lra.feed import make_batches
 from lra.learner import make_learner
 from lra.recipes import load_config
 from lra.run_dir import RunDir
-from lra.train import make_batches, update
+from lra.step import update
 from tests.train.conftest import MAKERS
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -41,7 +42,7 @@ def losses(config: RunConfig, steps: int, tmp_path: Path) -> list[float]:
     data = open_data(config)
     learner = make_learner(config, ALONE)
     batches = make_batches(config, data, ALONE)
-    return [update(learner, config, batches.at(i), ALONE, RunDir(tmp_path))[0] for i in range(steps)]
+    return [update(learner, config, batches.at(i), ALONE, RunDir(tmp_path)).read()[0] for i in range(steps)]
 
 
 @pytest.mark.parametrize("task", list(MAKERS))
