@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,18 +13,11 @@ from torch import Tensor
 import attention_kernels as ak
 from attention_kernels import BlockLayout, compiler, families, launcher
 from attention_kernels.bench_cases import Case as Shape
-from tests.gpu.cases import FAMILIES_HERE, SEED
+from tests.gpu.cases import SEED
 
 OPS = torch.ops.attention_kernels
 # Why: dynamo itself makes an autograd.Function object, which torch warns about.
 through_dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
-
-@pytest.fixture(params=FAMILIES_HERE)
-def family(request: pytest.FixtureRequest) -> Iterator[families.Family]:
-    """Run on the CUDA kernels of one family, or fail."""
-    with ak.using("cuda"), ak.cuda_family(request.param):
-        yield request.param
 
 
 def randoms(count: int, *shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> list[Tensor]:
