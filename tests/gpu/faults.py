@@ -88,7 +88,9 @@ _GENERIC = [
         "masks[j][0] = transpose8x8(pair_mask<1>(bits));",
     ),
     Fault("keys: causal mask off by one", _KEYS, "(lane & 3) + e < first_seen", "(lane & 3) + e + 1 < first_seen"),
-    Fault("keys: no barrier before dS is read", _KEYS, "        __syncthreads();\n        add_dq(", "        add_dq("),
+    Fault(
+        "keys: no barrier before dS is read", _KEYS, "tile's writes.\n        __syncthreads();\n", "tile's writes.\n"
+    ),
     Fault("queries: mask off by one", _QUERIES, "if (8 * n + e >= seen)", "if (8 * n + e > seen)"),
     Fault("dQ: columns in the accumulators' order", _POSTPROCESS, "in_row / 4 * 16 + 2 * (in_row & 3)", "in_row * 4"),
     Fault("dropout: threshold off by one", _PHILOX, "u) + p.drop_step;", "u) + p.drop_step - 0x01010101u;"),
