@@ -150,14 +150,18 @@ def compiled(module: nn.Module, traced_whole: bool) -> Callable[[Batch], Tensor]
     forward = torch.compile(module, fullgraph=traced_whole)
 
     def run(batch: Batch) -> Tensor:
-        if not batch.uniform:
-            rows = [batch.tokens_T, batch.positions_T]
-            for tensor in rows if batch.keys is None else [*rows, batch.keys.index_K]:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        for tensor in rows_that_vary(batch):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
         logits: Tensor = forward(batch)
         return logits
 
     return run
+
+
+def rows_that_vary(batch: Batch) -> list[Tensor]:
+    """Return the tensors whose length is another in another batch of the same training."""
+    rows = [] if batch.uniform else [batch.tokens_T, batch.positions_T]
+    return rows if batch.keys is None else [*rows, batch.keys.index_K]
 
 
 def save(learner: Learner, config: RunConfig, run: RunDir, world: World) -> None:
