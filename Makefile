@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-gpu sanitize lint clean
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -23,6 +23,14 @@ test: $(STAMP) lint
 
 test-all: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
+
+# On a machine with a GPU: what tests/gpu/README.md describes.
+test-gpu: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 8 --dist worksteal tests/gpu --deselect tests/gpu/test_planted_faults.py
+	$(BIN)/python -m pytest -s tests/gpu/test_planted_faults.py
+
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.gpu.sanitize
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
