@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -60,6 +61,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     matrices = [name for name, p in named.items() if config.optimizer == "muon" and is_hidden_matrix(name, p)]
     others = [p for name, p in named.items() if name not in matrices]
     on_gpu = others[0].is_cuda
+    # The first steps of a recorded run, and every step of some, are plain ones.
+    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
     adamw = torch.optim.AdamW(
         others,
         # A tensor on the GPU can change under a recorded step (CUDA graph).
