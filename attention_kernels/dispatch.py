@@ -25,6 +25,8 @@ OPERATORS = ("flash_forward", "flash_backward", "sparse_forward", "sparse_backwa
 _log = logging.getLogger("attention_kernels")
 _cuda_functions: dict[str, Function] = {}
 _ran: dict[str, str] = {}
+# Choices made before: what runs, and what to say of it. A call is asked about each time and must cost next to nothing.
+_picked: dict[tuple[object, ...], tuple[Function, str]] = {}
 _asked: Choice = "auto"
 _without_kernel = "this version has no CUDA kernel for it"
 
@@ -43,6 +45,7 @@ def explain(reason: str) -> None:
     """Keep why no CUDA kernel joined, for `why_not` and the log."""
     global _without_kernel
     _without_kernel = reason
+    _picked.clear()
 
 
 @contextmanager
@@ -84,13 +87,22 @@ def pick(operator: str, tiled: Function, q: Tensor, block_size: int | None) -> F
 
     Raises ValueError where the CUDA kernels were asked for by name and cannot take it.
     """
+    key = (operator, _cuda_functions.get(operator), q.device, q.dtype, q.shape[-1], block_size, _asked)
+    found = _picked.get(key)
+    if found is None:
+        found = _picked[key] = _choose(operator, tiled, q, block_size)
+    _record(operator, found[1])
+    return found[0]
+
+
+def _choose(operator: str, tiled: Function, q: Tensor, block_size: int | None) -> tuple[Function, str]:
     reason = "it was asked for by name" if _asked == "tiled" else _refusal(operator, q, block_size)
     if _asked == "cuda" and reason is not None:
         raise ValueError(f"The CUDA kernels cannot take this call: {reason}.")
     what = "CUDA kernel" if reason is None else "tiled PyTorch"
     because = "" if reason is None else f": {reason}"
-    _record(operator, f"{what} on {q.device.type}, {str(q.dtype).removeprefix('torch.')}{because}")
-    return _cuda_functions[operator] if reason is None else tiled
+    text = f"{what} on {q.device.type}, {str(q.dtype).removeprefix('torch.')}{because}"
+    return _cuda_functions[operator] if reason is None else tiled, text
 
 
 def _record(operator: str, text: str) -> None:
