@@ -181,6 +181,36 @@ def sweep_command(args: argparse.Namespace) -> None:
         sweep.run_sweep(args.sweep, options)
 
 
+def reproduce_command(args: argparse.Namespace) -> None:
+    """Run a chain of stages, or print it."""
+    from lra import experiment
+    from lra.chain import chain_path, load_chain
+    from lra.reproduce import run_chain
+
+    if args.seed < 0:
+        raise ConfigError(f"--seed {args.seed} is no seed.", "Give 0 or more.")
+    chain = load_chain(chain_path(args.task, args.track), args.overrides, args.seed, args.out, args.task)
+    if args.dry_run:
+        for config in chain.configs:
+            print(f"{config.name}: {config.task.name}\n{experiment.dry_run(config)}")
+        return
+    result = run_chain(chain, args.minutes)
+    if is_main_process():
+        print_chain(result, chain.folder)
+
+
+def print_chain(result: dict[str, Any], folder: Path) -> None:
+    """Print a finished chain's accuracies and cost."""
+    for what, scores in [("test", result["test"]), *result["probes"].items()]:
+        low, high = scores["interval"]
+        print(
+            f"  {what:22} {100 * scores['accuracy']:6.2f}% [{100 * low:.2f}, {100 * high:.2f}] of {scores['total']:,}"
+        )
+    spent = ", ".join(f"{kind} {value:.1f}" for kind, value in result["gpu_minutes"].items())
+    print(f"  GPU minutes: {spent}; {result['restarts']} restarts")
+    print(f"  {folder / 'chain.json'}")
+
+
 def report_command(args: argparse.Namespace) -> None:
     """Write the report of runs."""
     from lra.report import build_report

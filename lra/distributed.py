@@ -50,12 +50,19 @@ class World:
 
 @contextmanager
 def join_world(device: str | None = None) -> Iterator[World]:
-    """Join the process group that torchrun's environment describes, or stand alone; leave it at the end."""
+    """Join the process group that torchrun's environment describes, or stand alone; leave it at the end.
+
+    Within another join_world it gives that one's group.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     on_gpu = device != "cpu" and torch.cuda.is_available()
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(here)
+    if dist.is_initialized():
+        # A run within a chain: the chain's group outlives it.
+        yield World(rank, size, here)
+        return
     if size == 1:
         yield World(0, 1, here)
         return

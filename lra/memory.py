@@ -39,10 +39,11 @@ class Estimate:
 
 
 def estimate(config: RunConfig, num_parameters: int, world_size: int = 1) -> Estimate:
-    """Estimate the peak of a training step with every sequence at its full length."""
+    """Estimate the peak of a training step with every sequence at its full length (or at the most tokens it keeps)."""
     model, train = config.model, config.train
     sequences = get(config.task.name).documents * train.batch_size // train.accumulate // world_size
-    length = config.max_length + int(model.pooling == "cls")
+    length = min(max(config.data.keep_tokens, default=config.max_length), config.max_length)
+    length += int(model.pooling == "cls")
     element = 4 if train.precision == "fp32" else 2
     row = WIDTH_COPIES * 4 * model.width + element * (5 * model.attention_width + 3 * model.mlp_width)
     activations = sequences * length * (model.depth * row + 4 * 4 * model.width)
@@ -52,7 +53,17 @@ def estimate(config: RunConfig, num_parameters: int, world_size: int = 1) -> Est
         # The backward keeps the probabilities (and mask) of every layer; the others live in one layer at a time.
         kept = copies - 2
         scores = sequences * model.num_heads * length**2 * element * (kept * model.depth + 2)
+        if config.data.keep_tokens:
+            scores = max(scores, evaluation_scores(config, world_size) * element)
     return Estimate(num_parameters * 4 * (5 if train.ema else 4), activations, scores)
+
+
+def evaluation_scores(config: RunConfig, world_size: int) -> int:
+    """Return how many scores an evaluation of whole sequences holds at once where training keeps few tokens."""
+    train = config.train
+    examples = train.eval_batch_size or max(train.batch_size // train.accumulate, 1)
+    sequences = get(config.task.name).documents * -(-examples // world_size)
+    return 2 * sequences * config.model.num_heads * config.max_length**2
 
 
 def available_bytes(device: torch.device) -> int:

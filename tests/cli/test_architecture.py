@@ -19,7 +19,8 @@ FLOORS = [
     ["lra.train", "lra.step", "lra.train_log", "lra.evaluate"],
     ["lra.experiment", "lra.board", "lra.report", "lra.plots", "lra.figures", "lra.pictures", "lra.tables",
      "lra.published", "lra.runs", "lra.records", "lra.report_tables", "lra.run_tables", "lra.summary", "lra.page",
-     "lra.sweep_jobs", "lra.sweep_marks", "lra.sweep_pool", "lra.sweep_slurm", "lra.sweep_view", "lra.sweep"],
+     "lra.sweep_jobs", "lra.sweep_marks", "lra.sweep_pool", "lra.sweep_slurm", "lra.sweep_view", "lra.sweep",
+     "lra.chain", "lra.export", "lra.robustness", "lra.reproduce"],
     ["lra.commands"],
     ["lra.cli"],
 ]  # fmt: skip
