@@ -80,13 +80,7 @@ def make_parser() -> Parser:
     add_sweep_arguments(p)
 
     p = command("reproduce", "Train a chain of stages to Path-X or Path-256, test it; the next call goes on.")
-    p.add_argument("task", choices=["pathx", "path256"])
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="for every stage, or STAGE.key=value for one")
-    p.add_argument("--track", choices=["paper", "sequence", "open"], default="open", help="what is allowed (docs)")
-    p.add_argument("--seed", type=int, default=1, help="seed of every stage (default: 1)")
-    p.add_argument("--minutes", type=minutes, help="stop cleanly at a checkpoint after so many minutes (exit code 75)")
-    p.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the chain (default: runs/<name>-s<seed>)")
-    p.add_argument("--dry-run", action="store_true", help="print the stages, parameters and memory; train nothing")
+    add_reproduce_arguments(p)
 
     p = command("report", "Turn run folders into Markdown, CSV, LaTeX and one HTML page.")
     p.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of runs")
@@ -119,6 +113,17 @@ def add_sweep_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--retry-failed", action="store_true", help="try jobs again that failed")
     p.add_argument("--slurm", action="store_true", help="submit the jobs as a Slurm array through submitit")
     p.add_argument("--dry-run", action="store_true", help="print jobs, states and memory estimates; run nothing")
+
+
+def add_reproduce_arguments(p: argparse.ArgumentParser) -> None:
+    """Give `reproduce` its arguments."""
+    p.add_argument("task", choices=["pathx", "path256"])
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="for every stage, or STAGE.key=value for one")
+    p.add_argument("--track", choices=["paper", "sequence", "open"], default="open", help="what is allowed (docs)")
+    p.add_argument("--seed", type=int, default=1, help="seed of every stage (default: 1)")
+    p.add_argument("--minutes", type=minutes, help="stop cleanly at a checkpoint after so many minutes (exit code 75)")
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the chain (default: runs/<name>-s<seed>)")
+    p.add_argument("--dry-run", action="store_true", help="print the stages, parameters and memory; train nothing")
 
 
 COMMANDS = ("prepare", "list", "train", "eval", "sweep", "reproduce", "report", "show", "bench", "doctor")
