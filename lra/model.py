@@ -127,7 +127,9 @@ class Embed(nn.Module):
     def forward(self, tokens_T: Tensor) -> Tensor:
         """Return (T, E) for uint8 tokens."""
         if self.by_value:
-            return self.scale((tokens_T.to(self.scale.weight.dtype) / 127.5 - 1.0)[:, None])
+            # Products of single numbers, not a matrix product: under autocast the residual stream stays float32.
+            value_T1 = (tokens_T.to(self.scale.weight.dtype) / 127.5 - 1.0)[:, None]
+            return value_T1 * self.scale.weight[:, 0] + self.scale.bias
         return self.table(tokens_T.to(torch.int64) + self.shift)
 
 
