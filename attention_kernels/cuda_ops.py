@@ -1,8 +1,8 @@
-"""The dense operators on the CUDA kernels: allocates outputs and scratch, fills in the parameters, launches.
+"""The operators on the CUDA kernels: allocates outputs and scratch, fills in the parameters, launches.
 
-Joined to the operators when the package is imported with a CUDA build of torch. Reads no
-value of any tensor, so nothing waits for the GPU: lengths and offsets are read by the kernels, which stay inside
-their buffers whatever those say. ATTENTION_KERNELS_CHECK=1 reads and checks them here, at the cost of a wait a call.
+Joined to the operators when the package is imported with a CUDA build of torch. Reads no value of any tensor, so
+nothing waits for the GPU: lengths, offsets and layouts are read by the kernels, which stay inside their buffers
+whatever lengths and offsets say. ATTENTION_KERNELS_CHECK=1 reads and checks those here, at the cost of a wait a call.
 """
 
 import os
@@ -32,9 +32,11 @@ def register_where_possible() -> None:
 
 
 def register() -> None:
-    """Let the CUDA kernels take the dense operators' calls."""
+    """Let the CUDA kernels take the operators' calls."""
     dispatch.add_cuda("flash_forward", flash_forward)
     dispatch.add_cuda("flash_backward", flash_backward)
+    dispatch.add_cuda("sparse_forward", sparse_forward)
+    dispatch.add_cuda("sparse_backward", sparse_backward)
 
 
 def flash_forward(
@@ -52,15 +54,8 @@ def flash_forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return out, contiguous in q's shape and dtype, and lse float32, (B, H, Lq) or (H, Tq)."""
-    head_dim = q.shape[-1]
-    q, k, v = (readable(x) for x in (q, k, v))
     call = _Call.of(q, k, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    call = call.with_rule(dropout_seed, dropout_p, softmax_scale, causal)
-    out = _empty(q.shape, q.dtype, q.device)
-    lse = _empty(call.lse_shape, torch.float32, q.device)
-    if lse.numel():
-        call.launch("forward", call.max_q, q=q, k=k, v=v, out_written=out, lse=lse)
-    return _narrow(out, head_dim), lse
+    return _forward(call.with_rule(dropout_seed, dropout_p, softmax_scale, causal), q, k, v)
 
 
 def flash_backward(
@@ -83,10 +78,91 @@ def flash_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, contiguous; dq too is the same bits every time when `deterministic`, at some cost."""
-    head_dim = q.shape[-1]
-    q, k, v, out, dout = (readable(x) for x in (q, k, v, out, dout))
     call = _Call.of(q, k, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     call = call.with_rule(dropout_seed, dropout_p, softmax_scale, causal)
+    return _backward(call, q, k, v, out, lse, dout, dlse, deterministic)
+
+
+def sparse_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    col_ptr: Tensor,
+    row_idx: Tensor,
+    head_to_pattern: Tensor,
+    num_blocks: int,
+    block_size: int,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    dropout_seed: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return what `flash_forward` returns, over the layout's blocks alone."""
+    call = _Call.of(q, k, key_lengths, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    call = call.with_rule(dropout_seed, dropout_p, softmax_scale, causal)
+    lists = _Lists.of(row_ptr, col_idx, col_ptr, row_idx, head_to_pattern, num_blocks, block_size)
+    return _forward(replace(call, lists=lists), q, k, v)
+
+
+def sparse_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    col_ptr: Tensor,
+    row_idx: Tensor,
+    head_to_pattern: Tensor,
+    num_blocks: int,
+    block_size: int,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    dropout_seed: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `flash_backward` returns, over the layout's blocks alone."""
+    call = _Call.of(q, k, key_lengths, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    call = call.with_rule(dropout_seed, dropout_p, softmax_scale, causal)
+    lists = _Lists.of(row_ptr, col_idx, col_ptr, row_idx, head_to_pattern, num_blocks, block_size)
+    return _backward(replace(call, lists=lists), q, k, v, out, lse, dout, dlse, deterministic)
+
+
+def _forward(call: "_Call", q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    head_dim = q.shape[-1]
+    q, k, v = (readable(x) for x in (q, k, v))
+    out = _empty(q.shape, q.dtype, q.device)
+    lse = _empty(call.lse_shape, torch.float32, q.device)
+    if lse.numel():
+        call.launch("forward", call.max_q, q=q, k=k, v=v, out_written=out, lse=lse)
+    return _narrow(out, head_dim), lse
+
+
+def _backward(
+    call: "_Call",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head_dim = q.shape[-1]
+    q, k, v, out, dout = (readable(x) for x in (q, k, v, out, dout))
     dq, dk, dv = (_empty(x.shape, x.dtype, x.device) for x in (q, k, v))
     stats = _empty((*call.lse_shape, 2), torch.float32, q.device)
     lse = lse.contiguous()
@@ -139,6 +215,33 @@ def _int32(x: Tensor | None) -> Tensor | None:
 
 
 @dataclass(frozen=True)
+class _Lists:
+    """A block layout as the kernels read it: those over queries its rows, those over keys its columns."""
+
+    rows: tuple[Tensor | None, Tensor | None]  # pointers and entries
+    columns: tuple[Tensor | None, Tensor | None]
+    head_to_pattern: Tensor | None
+    pattern_stride: int
+    num_blocks: int
+    block_size: int
+
+    @staticmethod
+    def of(
+        row_ptr: Tensor,
+        col_idx: Tensor,
+        col_ptr: Tensor,
+        row_idx: Tensor,
+        head_to_pattern: Tensor,
+        num_blocks: int,
+        block_size: int,
+    ) -> "_Lists":
+        rows, columns = (_int32(row_ptr), _int32(col_idx)), (_int32(col_ptr), _int32(row_idx))
+        # One entry serves all heads.
+        stride = 0 if len(head_to_pattern) == 1 else 1
+        return _Lists(rows, columns, _int32(head_to_pattern), stride, num_blocks, block_size)
+
+
+@dataclass(frozen=True)
 class _Call:
     """Everything of a call that is the same for its kernels."""
 
@@ -161,6 +264,7 @@ class _Call:
     drop_count: int = 0
     scale: float = 1.0
     causal: bool = False
+    lists: _Lists | None = None
 
     @staticmethod
     def of(
@@ -185,7 +289,7 @@ class _Call:
         return _Call(
             device=q.device,
             dtype=str(q.dtype).removeprefix("torch."),
-            head_dim=q.shape[-1],
+            head_dim=-(-q.shape[-1] // 8) * 8,  # as `readable` makes it
             heads=q.shape[-2],
             batch=batch,
             packed=packed,
@@ -216,7 +320,7 @@ class _Call:
     def plan(self, kernel: Kernel) -> Plan:
         """Return the plan of one of the call's kernels, of the best family that the device runs."""
         hopper = launcher.is_hopper(self.device) and families.asked() != "generic"
-        return plan(kernel, self.head_dim, self.dtype, self.drop_count > 0, hopper)
+        return plan(kernel, self.head_dim, self.dtype, self.drop_count > 0, hopper, self.lists is not None)
 
     def fits(self, kernel: Kernel) -> bool:
         """Return whether the device has the shared memory that a kernel's tiles want (8.6 and 8.9 have 99 KB)."""
@@ -237,6 +341,10 @@ class _Call:
             )
         if chosen.persistent:
             blocks = min(blocks, launcher.blocks_at_a_time(chosen, self.device))
+        if self.lists is not None:
+            over_keys = kernel in ("backward", "backward_keys")
+            tensors["row_ptr"], tensors["col_idx"] = self.lists.columns if over_keys else self.lists.rows
+            tensors["head_to_pattern"] = self.lists.head_to_pattern
         launcher.launch(chosen, self.device, blocks, self._parameters(tiles, tensors))
 
     def _row_blocks(self, chosen: Plan) -> int:
@@ -269,12 +377,15 @@ class _Call:
         return (
             *(address(tensors.get(name)) for name in names),
             *(address(x) for x in (self.cu_q, self.cu_k, self.key_lengths, self.seed)),
+            *(address(tensors.get(name)) for name in ("row_ptr", "col_idx", "head_to_pattern")),
             *(number for name in strided for number in strides(name)),
             0 if self.packed else self.heads * self.len_q,
             per_head,
             self.total_q,
             self.total_k,
+            0 if self.lists is None else self.lists.pattern_stride,
             *(self.batch, self.heads, self.len_q, self.len_k, self.head_dim, tiles, int(self.causal)),
+            *((0, 0) if self.lists is None else (self.lists.num_blocks, self.lists.block_size)),
             *(step, high),
             *(self.scale, self.scale * _LOG2_E, philox.keep_scale(self.drop_count)),
         )

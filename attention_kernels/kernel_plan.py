@@ -51,6 +51,7 @@ class Plan:
     dtype: str
     dropout: bool
     tiles: Tiles
+    sparse: bool = False  # the block-sparse kernel of the same build
 
     @property
     def source(self) -> str:
@@ -62,7 +63,7 @@ class Plan:
     @property
     def entry(self) -> str:
         """Name of the kernel in the cubin."""
-        return f"attention_{'backward_keys' if self._over_keys else self.kernel}"
+        return f"attention_{'backward_keys' if self._over_keys else self.kernel}{'_sparse' if self.sparse else ''}"
 
     @property
     def defines(self) -> dict[str, int]:
@@ -133,7 +134,7 @@ class Plan:
     def name(self) -> str:
         """A short name for tables."""
         dropout = ", dropout" if self.dropout else ""
-        return f"{self.kernel} {self.width} {self.dtype}{dropout}"
+        return f"{self.kernel} {self.width} {self.dtype}{dropout}{', block-sparse' if self.sparse else ''}"
 
 
 def width_of(head_dim: int) -> int:
@@ -176,6 +177,7 @@ _QUERIES = {
 # Where dropout's registers ask for other tiles.
 _DROPOUT: dict[tuple[Kernel, int], Tiles] = {
     ("forward", 16): Tiles(4, 2, 128, 32, 3, 3),
+    ("backward_keys", 128): Tiles(4, 1, 32, 16, 2, 2, 2),
     ("hopper_forward", 32): Tiles(12, 1, 128, 64, 3, 1),
     ("hopper_forward", 128): Tiles(8, 1, 128, 64, 2, 1),
     ("hopper_backward", 32): Tiles(12, 1, 64, 0, 3, 1, 0, 2, 0),
@@ -201,23 +203,26 @@ _HOPPER: dict[Kernel, tuple[Kernel, dict[int, Tiles]]] = {
 
 
 @cache
-def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool = False) -> Plan:
+def plan(
+    kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool = False, sparse: bool = False
+) -> Plan:
     """Return the plan of a call; `dtype` is "float16" or "bfloat16". Raises ValueError for another.
 
-    `hopper` asks for the family for 9.0 where it has the kernel and the width.
+    `hopper` asks for the family for 9.0 where it has the kernel and the width; `sparse` for the block-sparse kernel,
+    which is in the same build as the dense one (the generic family has them).
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16 or bfloat16, got {dtype}.")
     if kernel == "preprocess":
         return Plan(kernel, WIDTHS[-1], dtype, False, Tiles(8, 1, 0, 0, 0, 1))
     width = width_of(head_dim)
-    if hopper and width in _HOPPER.get(kernel, (kernel, {}))[1]:
+    if hopper and not sparse and width in _HOPPER.get(kernel, (kernel, {}))[1]:
         kernel, tables = _HOPPER[kernel]
         return Plan(kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tables[width]) if dropout else tables[width])
     if kernel == "postprocess":
         return Plan(kernel, width, dtype, False, Tiles(8, 1, 0, 0, 0, 1))
     tiles = _TABLES[kernel][width]
-    return Plan(kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tiles) if dropout else tiles)
+    return Plan(kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tiles) if dropout else tiles, sparse)
 
 
 def all_plans() -> list[Plan]:

@@ -15,8 +15,8 @@ import torch
 
 from attention_kernels.kernel_plan import Plan
 
-# struct Params: 17 pointers, 7 strides of three and 4 more 64-bit numbers, 7 ints, 2 unsigned, 3 floats.
-PARAMETERS = struct.Struct("<17Q25q7i2I3f")
+# struct Params: 20 pointers, 7 strides of three and 5 more 64-bit numbers, 9 ints, 2 unsigned, 3 floats.
+PARAMETERS = struct.Struct("<20Q26q9i2I3f")
 _DEFAULT_SHARED_BYTES = 48 * 1024
 _lock = Lock()
 _functions: dict[tuple[int, int], tuple[Plan, Any]] = {}

@@ -16,6 +16,7 @@
 // in each group of 16 columns, place 4 t + i (t < 4) is column 2 t + (i & 1) + 8 (i >> 1).
 #include "common/philox.cuh"
 #include "common/tiles.cuh"
+#include "common/walk.cuh"
 
 #define WARP_KEYS (ROW_TILES * 16)
 #define KEYS (WARPS * WARP_KEYS)
@@ -30,6 +31,11 @@
 #define DS_ROW (QUERY_TILE * 2)
 static_assert(!WITH_DQ || QUERY_TILE == 64, "a row of dS^T is the 8 chunks that ds_place turns");
 static_assert(QUERY_TILE <= THREADS, "a thread copies one row's statistics");
+// Block-sparse: see walk.cuh. The tile's halves have different lists where blocks are of 64.
+#define HALVES (KEYS / STRETCH)
+#define PART part_rows(HALVES, QUERY_TILE, 16)
+static_assert(STAGES <= 3, "a route is kept for four stages");
+static_assert(KEYS == HALVES * STRETCH && STRETCH % WARP_KEYS == 0, "a warp lies in one stretch of a walk");
 #define SLICES (QUERY_TILE / 16)
 #define PARTS (WARPS / SLICES)
 #define PART_STEPS (K_STEPS / PARTS)
@@ -131,18 +137,20 @@ __device__ __forceinline__ void add4(float* to, const float (&x)[4], const float
 #endif
 }
 
-// dQ of one slice of 16 queries (and one part of its columns) from all the block's keys.
-__device__ __forceinline__ void add_dq(u32 shared, const LanePlace& transposed, const Params& p, const Work& w, int first_query) {
+// dQ of one slice of 16 queries, the first of which is `first_query`, from the block's keys [from, to) (one part of its
+// columns, where warps share a slice).
+__device__ __forceinline__ void add_dq(u32 shared, const LanePlace& transposed, const Params& p, const Work& w, int first_query,
+                                       int from, int to) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int slice = warp % SLICES, first_step = warp / SLICES * PART_STEPS;
-    if (first_query + slice * 16 >= w.q_len) return;
+    if (first_query >= w.q_len) return;
     float dq[PART_STEPS * 2][4];
 #pragma unroll
     for (int d = 0; d < PART_STEPS * 2; ++d)
 #pragma unroll
         for (int c = 0; c < 4; ++c) dq[d][c] = 0.f;
 #pragma unroll 4
-    for (int key = 0; key < KEYS; key += 16) {
+    for (int key = from; key < to; key += 16) {
         u32 a[4];
         ldmatrix_transposed(a, shared + DS_AT + ds_place(key + (lane & 7) + (lane >> 4) * 8, 2 * slice + ((lane >> 3) & 1)));
 #pragma unroll
@@ -153,30 +161,34 @@ __device__ __forceinline__ void add_dq(u32 shared, const LanePlace& transposed, 
             mma(dq[2 * d + 1], a, b[2], b[3]);
         }
     }
-    const int row = first_query + slice * 16 + (lane >> 2);
-    float* to = p.dq_sums + (stats_at(p, w) + row) * HEAD_DIM + first_step * 16 + 4 * (lane & 3);
+    const int row = first_query + (lane >> 2);
+    float* sums = p.dq_sums + (stats_at(p, w) + row) * HEAD_DIM + first_step * 16 + 4 * (lane & 3);
 #pragma unroll
     for (int d = 0; d < PART_STEPS; ++d) {
         if ((first_step + d) * 16 >= p.head_dim) break;
-        if (row < w.q_len) add4(to + 16 * d, dq[2 * d], dq[2 * d + 1], 0);
-        if (row + 8 < w.q_len) add4(to + 8 * HEAD_DIM + 16 * d, dq[2 * d], dq[2 * d + 1], 2);
+        if (row < w.q_len) add4(sums + 16 * d, dq[2 * d], dq[2 * d + 1], 0);
+        if (row + 8 < w.q_len) add4(sums + 8 * HEAD_DIM + 16 * d, dq[2 * d], dq[2 * d + 1], 2);
     }
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_keys(const __grid_constant__ Params p) {
+// Dense, it walks over all queries in order; SPARSE over those of the layout. The steps are the same.
+template <bool SPARSE>
+__device__ __forceinline__ void differentiate(const Params& p) {
     extern __shared__ __align__(128) unsigned char shared_bytes[];
     const u32 shared = (u32)__cvta_generic_to_shared(shared_bytes);
+    __shared__ Route<HALVES, PART, QUERY_TILE> route;
     const Work w = find_work(p, blockIdx.x, false);
     if (w.tail) return zero_keys(p, w, w.k_start, w.k_len);
     // Keys hidden by key_lengths have gradient 0.
     if (p.key_lengths != nullptr) zero_keys(p, w, w.k_len, p.len_k - w.k_len);
     if (w.tile * KEYS >= w.k_len) return;
 
+    const int half = HALVES == 1 ? 0 : (threadIdx.x >> 5) * WARP_KEYS / STRETCH;
     const int lane = threadIdx.x & 31;
     const int first_key = w.tile * KEYS + (threadIdx.x >> 5) * WARP_KEYS;
     // Causal: key c is seen by rows from c - offset on.
-    const int start = p.causal ? max(0, w.tile * KEYS - w.offset) / QUERY_TILE : 0;
+    const int start = !SPARSE && p.causal ? max(0, w.tile * KEYS - w.offset) / QUERY_TILE : 0;
     const int num_tiles = (w.q_len + QUERY_TILE - 1) / QUERY_TILE;
     const int first_query = start * QUERY_TILE;
     TileCopy q(at(p.q, p.q_strides, w, w.q_start), p.q_strides.row, first_query, w.q_len, p.head_dim);
@@ -184,18 +196,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
     const float2* stats = p.stats + stats_at(p, w);
 
     auto load = [&](int tile) {
-        if (tile < num_tiles) {
-            const u32 to = shared + (tile % STAGES) * STAGE_BYTES;
+        const u32 to = shared + (tile % STAGES) * STAGE_BYTES;
+        int row = tile * QUERY_TILE + threadIdx.x;  // whose statistics this thread copies
+        if (SPARSE) {
+#pragma unroll 1
+            for (int i = 0; i < QUERY_TILE / PART; ++i) {
+                const Step step = route.step(tile, i);
+                if (threadIdx.x / PART == i) row = step.row + threadIdx.x % PART;
+                if (step.who == 0) break;
+                q.jump<PART>(to + i * PART * ROW_BYTES, step.row);
+                dout.jump<PART>(to + i * PART * ROW_BYTES + TILE_BYTES, step.row);
+            }
+        } else if (tile < num_tiles) {
             q.next<QUERY_TILE>(to);
             dout.next<QUERY_TILE>(to + TILE_BYTES);
-            // Rows past the end are zeros throughout: P is 1 there, but dO, D and q are 0 and add nothing.
-            if (threadIdx.x < QUERY_TILE) {
-                const int row = tile * QUERY_TILE + threadIdx.x;
-                copy8(to + 2 * TILE_BYTES + threadIdx.x * 8, stats + row, row < w.q_len);
-            }
         }
+        // Rows past the end are zeros throughout: P is 1 there, but dO, D and q are 0 and add nothing.
+        if ((SPARSE || tile < num_tiles) && threadIdx.x < QUERY_TILE)
+            copy8(to + 2 * TILE_BYTES + threadIdx.x * 8, stats + row, row < w.q_len);
         commit_copies();
     };
+    if (SPARSE) {
+        if (threadIdx.x == 0) route.start_keys(p, w, w.tile * KEYS, STAGES);
+        __syncthreads();
+    }
     // These join the first stage's group of copies: there when that stage is.
 #if SHARED_KEYS || WITH_DQ
     TileCopy(at(p.k, p.k_strides, w, w.k_start), p.k_strides.row, w.tile * KEYS, w.k_len, p.head_dim).next<KEYS>(shared + K_AT);
@@ -215,18 +239,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
     const int warp_key = (threadIdx.x >> 5) * WARP_KEYS;  // within the block
 
 #pragma unroll 1
-    for (int tile = start; tile < num_tiles; ++tile) {
+    for (int tile = start; SPARSE || tile < num_tiles; ++tile) {
         wait_copies<STAGES - 2>();
         // Why: as in the forward, arrival of this tile and release of the buffer loaded next.
         __syncthreads();
+        if (SPARSE && route.over(tile)) break;
         load(tile + STAGES - 1);
+        if (SPARSE && threadIdx.x == 0) route.post(tile + STAGES);
         const u32 q_tile = shared + (tile % STAGES) * STAGE_BYTES, dout_tile = q_tile + TILE_BYTES;
         const float4* row_stats = (const float4*)(shared_bytes + (tile % STAGES) * STAGE_BYTES + 2 * TILE_BYTES);
 
 #pragma unroll 1
         for (int inner = 0; inner < QUERY_TILE; inner += 16) {
-            const int row = tile * QUERY_TILE + inner;
-            if (row >= w.q_len) break;
+            int row = tile * QUERY_TILE + inner;
+            if (SPARSE) {
+                const Step step = route.step(tile, inner / PART);
+                row = step.row + inner % PART;
+                if (!(step.who >> half & 1) || row >= w.q_len) continue;
+            } else if (row >= w.q_len) {
+                break;
+            }
             if (p.causal && row + 15 + w.offset < first_key) {
 #if WITH_DQ
                 const u32 none[ROW_TILES][4] = {};
@@ -323,7 +355,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
         // Why: dS^T of all warps must be there before any reads it. The barrier at the loop's head parts these reads
         // from the next tile's writes.
         __syncthreads();
-        add_dq(shared, transposed, p, w, tile * QUERY_TILE);
+        const int slice = (threadIdx.x >> 5) % SLICES * 16;
+        if (SPARSE) {
+            // A half that takes no part has left dS^T of another stage.
+            const Step step = route.step(tile, slice / PART);
+            const int from = step.who & 1 ? 0 : STRETCH, to = step.who & 2 ? KEYS : STRETCH;
+            if (step.who != 0) add_dq(shared, transposed, p, w, step.row + slice % PART, from, to);
+        } else {
+            add_dq(shared, transposed, p, w, tile * QUERY_TILE + slice, 0, KEYS);
+        }
 #endif
     }
     wait_copies<0>();
@@ -335,4 +375,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
         store_rows(dk, p.dkv_strides.row, key, w.k_len, p.head_dim, keys.dk[m], p.scale, p.scale);
         store_rows(dv, p.dkv_strides.row, key, w.k_len, p.head_dim, keys.dv[m], p.keep_scale, p.keep_scale);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_keys(const __grid_constant__ Params p) {
+    differentiate<false>(p);
+}
+
+// Why one block fewer for one of them: four leave 128 registers, and it spills.
+#define SPARSE_BLOCKS (HEAD_DIM == 16 && DROPOUT && !WITH_DQ ? MIN_BLOCKS - 1 : MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, SPARSE_BLOCKS) attention_backward_keys_sparse(const __grid_constant__ Params p) {
+    differentiate<true>(p);
 }

@@ -7,6 +7,7 @@
 // and packed is the A of dQ = dS K. No sum is shared between warps, so the result is the same bits every time.
 #include "common/philox.cuh"
 #include "common/tiles.cuh"
+#include "common/walk.cuh"
 
 #define WARP_ROWS (ROW_TILES * 16)
 #define ROWS (WARPS * WARP_ROWS)
@@ -14,6 +15,11 @@
 #define BLOCKS (STEP / 8)
 static_assert(KEY_TILE % STEP == 0, "a stage is whole steps");
 static_assert(STEP <= 32, "one call of Philox serves 32 keys");
+// Block-sparse: see walk.cuh. The tile's halves have different lists where blocks are of 64.
+#define HALVES (ROWS / STRETCH)
+#define PART part_rows(HALVES, KEY_TILE, STEP)
+static_assert(STAGES <= 3, "a route is kept for four stages");
+static_assert(ROWS == HALVES * STRETCH && STRETCH % WARP_ROWS == 0, "a warp lies in one stretch of a walk");
 
 struct Queries {
     u32 q[ROW_TILES][K_STEPS][4], dout[ROW_TILES][K_STEPS][4];
@@ -64,14 +70,18 @@ __device__ __forceinline__ void hide(float (&s)[ROW_TILES][BLOCKS][4], const Par
         }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_queries(const __grid_constant__ Params p) {
+// Dense, it walks over all keys in order; SPARSE over those of the layout. The steps are the same.
+template <bool SPARSE>
+__device__ __forceinline__ void differentiate(const Params& p) {
     extern __shared__ __align__(128) unsigned char shared_bytes[];
     const u32 shared = (u32)__cvta_generic_to_shared(shared_bytes);
+    __shared__ Route<HALVES, PART, KEY_TILE> route;
     const Work w = find_work(p, blockIdx.x, p.causal);
     u16* dq = at(p.dq, p.dq_strides, w, w.q_start);
     if (w.tail) return zero_rows(dq, p.dq_strides.row, w.q_len, p.head_dim, w.tile, p.tiles);
     if (w.tile * ROWS >= w.q_len) return;
 
+    const int half = HALVES == 1 ? 0 : (threadIdx.x >> 5) * WARP_ROWS / STRETCH;
     const int first_row = w.tile * ROWS + (threadIdx.x >> 5) * WARP_ROWS;
     const int last_row = min(w.tile * ROWS + ROWS, w.q_len) - 1;
     const int block_keys = p.causal ? min(w.k_len, last_row + w.offset + 1) : w.k_len;
@@ -82,13 +92,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
     TileCopy v(at(p.v, p.v_strides, w, w.k_start), p.v_strides.row, 0, w.k_len, p.head_dim);
 
     auto load = [&](int tile) {
-        if (tile < num_tiles) {
-            const u32 to = shared + (tile % STAGES) * 2 * TILE_BYTES;
+        const u32 to = shared + (tile % STAGES) * 2 * TILE_BYTES;
+        if (SPARSE) {
+#pragma unroll 1
+            for (int i = 0; i < KEY_TILE / PART; ++i) {
+                const Step step = route.step(tile, i);
+                if (step.who == 0) break;
+                k.jump<PART>(to + i * PART * ROW_BYTES, step.row);
+                v.jump<PART>(to + i * PART * ROW_BYTES + TILE_BYTES, step.row);
+            }
+        } else if (tile < num_tiles) {
             k.next<KEY_TILE>(to);
             v.next<KEY_TILE>(to + TILE_BYTES);
         }
         commit_copies();
     };
+    if (SPARSE) {
+        if (threadIdx.x == 0) route.start_queries(p, w, w.tile * ROWS, STAGES);
+        __syncthreads();
+    }
 #pragma unroll
     for (int tile = 0; tile < STAGES - 1; ++tile) load(tile);
 
@@ -100,17 +122,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
     const LanePlace plain = plain_place(), transposed = transposed_place();
 
 #pragma unroll 1
-    for (int tile = 0; tile < num_tiles; ++tile) {
+    for (int tile = 0; SPARSE || tile < num_tiles; ++tile) {
         wait_copies<STAGES - 2>();
         // Why: as in the forward, arrival of this tile and release of the buffer loaded next.
         __syncthreads();
+        if (SPARSE && route.over(tile)) break;
         load(tile + STAGES - 1);
+        if (SPARSE && threadIdx.x == 0) route.post(tile + STAGES);
         const u32 k_tile = shared + (tile % STAGES) * 2 * TILE_BYTES, v_tile = k_tile + TILE_BYTES;
 
 #pragma unroll 1
         for (int inner = 0; inner < KEY_TILE; inner += STEP) {
-            const int column = tile * KEY_TILE + inner;
-            if (column >= warp_keys) break;
+            int column = tile * KEY_TILE + inner;
+            if (SPARSE) {
+                const Step step = route.step(tile, inner / PART);
+                column = step.row + inner % PART;
+                if (!(step.who >> half & 1) || column >= warp_keys) continue;
+            } else if (column >= warp_keys) {
+                break;
+            }
             float s[ROW_TILES][BLOCKS][4], dp[ROW_TILES][BLOCKS][4];
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m)
@@ -186,4 +216,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
         store_rows(dq, p.dq_strides.row, first_row + 16 * m, w.q_len, p.head_dim, rows.dq[m], p.scale, p.scale);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_queries(const __grid_constant__ Params p) {
+    differentiate<false>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_queries_sparse(const __grid_constant__ Params p) {
+    differentiate<true>(p);
 }

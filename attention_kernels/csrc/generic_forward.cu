@@ -18,14 +18,24 @@
 #define BLOCKS (STEP / 8)
 static_assert(KEY_TILE % STEP == 0, "a stage is whole steps");
 #include "common/softmax.cuh"  // wants ROW_TILES and BLOCKS
+#include "common/walk.cuh"
+// Block-sparse: see walk.cuh. The tile's halves have different lists where blocks are of 64.
+#define HALVES (ROWS / STRETCH)
+#define PART part_rows(HALVES, KEY_TILE, STEP)
+static_assert(STAGES <= 3, "a route is kept for four stages");
+static_assert(ROWS == HALVES * STRETCH && STRETCH % WARP_ROWS == 0, "a warp lies in one stretch of a walk");
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward(const __grid_constant__ Params p) {
+// Dense, it walks over all keys in order; SPARSE over those of the layout. The steps are the same.
+template <bool SPARSE>
+__device__ __forceinline__ void attend(const Params& p) {
     extern __shared__ __align__(128) unsigned char shared_bytes[];
     const u32 shared = (u32)__cvta_generic_to_shared(shared_bytes);
+    __shared__ Route<HALVES, PART, KEY_TILE> route;
     const Work w = find_work(p, blockIdx.x, p.causal);
     if (w.tail) return empty_rows(p, w);
     if (w.tile * ROWS >= w.q_len) return;
 
+    const int half = HALVES == 1 ? 0 : (threadIdx.x >> 5) * WARP_ROWS / STRETCH;
     const int first_row = w.tile * ROWS + (threadIdx.x >> 5) * WARP_ROWS;
     const int last_row = min(w.tile * ROWS + ROWS, w.q_len) - 1;
     const int block_keys = p.causal ? min(w.k_len, last_row + w.offset + 1) : w.k_len;
@@ -36,13 +46,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
     TileCopy v(at(p.v, p.v_strides, w, w.k_start), p.v_strides.row, 0, w.k_len, p.head_dim);
 
     auto load = [&](int tile) {
-        if (tile < num_tiles) {
-            const u32 to = shared + (tile % STAGES) * 2 * TILE_BYTES;
+        const u32 to = shared + (tile % STAGES) * 2 * TILE_BYTES;
+        if (SPARSE) {
+#pragma unroll 1
+            for (int i = 0; i < KEY_TILE / PART; ++i) {
+                const Step step = route.step(tile, i);
+                if (step.who == 0) break;
+                k.jump<PART>(to + i * PART * ROW_BYTES, step.row);
+                v.jump<PART>(to + i * PART * ROW_BYTES + TILE_BYTES, step.row);
+            }
+        } else if (tile < num_tiles) {
             k.next<KEY_TILE>(to);
             v.next<KEY_TILE>(to + TILE_BYTES);
         }
         commit_copies();  // an empty group too: wait_copies counts groups
     };
+    if (SPARSE) {
+        if (threadIdx.x == 0) route.start_queries(p, w, w.tile * ROWS, STAGES);
+        __syncthreads();
+    }
 #pragma unroll
     for (int tile = 0; tile < STAGES - 1; ++tile) load(tile);
 
@@ -68,19 +90,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
     int stage = 0;
 
 #pragma unroll 1
-    for (int tile = 0; tile < num_tiles; ++tile) {
+    for (int tile = 0; SPARSE || tile < num_tiles; ++tile) {
         wait_copies<STAGES - 2>();
         // Why: every thread's copies of this tile must be visible to all, and all must be done with the buffer
         // that the next load overwrites.
         __syncthreads();
+        if (SPARSE && route.over(tile)) break;
         load(tile + STAGES - 1);
+        if (SPARSE && threadIdx.x == 0) route.post(tile + STAGES);
         const u32 k_tile = shared + stage * 2 * TILE_BYTES, v_tile = k_tile + TILE_BYTES;
         stage = stage + 1 == STAGES ? 0 : stage + 1;
 
 #pragma unroll 1
         for (int inner = 0; inner < KEY_TILE; inner += STEP) {
-            const int column = tile * KEY_TILE + inner;
-            if (column >= warp_keys) break;
+            int column = tile * KEY_TILE + inner;
+            if (SPARSE) {
+                const Step step = route.step(tile, inner / PART);
+                column = step.row + inner % PART;
+                if (!(step.who >> half & 1) || column >= warp_keys) continue;
+            } else if (column >= warp_keys) {
+                break;
+            }
             Scores s;
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m)
@@ -103,7 +133,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
 
             Weights weights;
             float sums[ROW_TILES][2];
-            bool careful = column == 0 || column + STEP > unmasked;
+            // A walk's first step may be anywhere; under the reference it finds (-inf) no sum is safe, and it settles too.
+            bool careful = (!SPARSE && column == 0) || column + STEP > unmasked;
             if (!careful) careful = !__all_sync(ALL_LANES, weigh(s, weights, sums, rows, p.scale_log2));
             if (careful) settle(s, weights, sums, rows, p, first_row, column, w.k_len, w.offset);
 #pragma unroll
@@ -140,4 +171,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
     }
     wait_copies<0>();
     finish(rows, p, w, first_row);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward(const __grid_constant__ Params p) {
+    attend<false>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward_sparse(const __grid_constant__ Params p) {
+    attend<true>(p);
 }

@@ -79,7 +79,7 @@ def test_the_parameters_of_a_call_fill_the_struct() -> None:
     call = cuda_ops._Call.of(q, q, None, None, None, 5, 5).with_rule(torch.tensor([1, 2]), 0.1, 0.25, True)
     packed = launcher.PARAMETERS.pack(*call._parameters(1, {"q": q, "k": q, "v": q, "out_written": q}))
     fields = launcher.PARAMETERS.unpack(packed)
-    assert fields[:3] == (q.data_ptr(),) * 3 and fields[17:20] == (5 * 48, 48, 16)
+    assert fields[:3] == (q.data_ptr(),) * 3 and fields[20:23] == (5 * 48, 48, 16)
 
 
 def test_aligned_views_are_read_in_place_and_others_copied() -> None:

@@ -81,9 +81,9 @@ def test_a_step_launches_four_kernels_over_every_tile_head_and_sample(driver: No
     assert [name for name, *_ in driver.launches] == ["forward", "preprocess", "backward_keys", "postprocess"]
     assert [blocks for _, blocks, *_ in driver.launches] == [3 * 6, -(-1800 * 4 // 256), 3 * 6, -(-1800 * 8 // 256)]
     for fields in driver.fields:
-        batch, heads, len_q, len_k, head_dim, _, causal = fields[42:49]
+        batch, heads, len_q, len_k, head_dim, _, causal = fields[46:53]
         assert (batch, heads, len_q, len_k, head_dim, causal) == (2, 3, 300, 300, 32, 1)
-        assert fields[51:] == pytest.approx((0.5, 0.5 * 1.442695, 1.0))
+        assert fields[57:] == pytest.approx((0.5, 0.5 * 1.442695, 1.0))
 
 
 def test_deterministic_and_small_shared_memory_take_the_form_without_atomics(driver: Notes) -> None:
@@ -104,8 +104,8 @@ def test_more_than_48_kilobytes_are_asked_for_once(driver: Notes) -> None:
 def test_dropout_is_handed_over_as_a_count_of_bytes(driver: Notes) -> None:
     run(16, dropout_p=0.1)
     for fields in driver.fields:
-        assert fields[49:51] == ((128 - 26) * 0x01010101, 0xFFFFFFFF)
-        assert fields[53] == pytest.approx(256 / 230)
+        assert fields[55:57] == ((128 - 26) * 0x01010101, 0xFFFFFFFF)
+        assert fields[59] == pytest.approx(256 / 230)
 
 
 def test_packed_calls_have_a_sequence_more_for_the_rows_after_the_last(driver: Notes) -> None:

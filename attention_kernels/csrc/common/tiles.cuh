@@ -52,16 +52,28 @@ struct TileCopy {
     // The next ROWS rows.
     template <int ROWS>
     __device__ __forceinline__ void next(u32 tile) {
+        copy<ROWS>(tile, from, rows_left);
+        from += ROWS * row_stride;
+        rows_left -= ROWS;
+    }
+
+    // The ROWS rows that begin `ahead` rows further on; the copy itself stays where it is.
+    template <int ROWS>
+    __device__ __forceinline__ void jump(u32 tile, int ahead) const {
+        copy<ROWS>(tile, from + ahead * row_stride, rows_left - ahead);
+    }
+
+   private:
+    template <int ROWS>
+    __device__ __forceinline__ void copy(u32 tile, const u16* first, int left) const {
         constexpr int ROWS_A_PASS = COPIERS / CHUNKS;
         static_assert(COPIERS % CHUNKS == 0 && ROWS_A_PASS % 8 == 0, "a pass keeps the turn of a row");
         static_assert(ROWS % ROWS_A_PASS == 0 || ROWS < ROWS_A_PASS, "threads share the chunks evenly");
         if (threadIdx.x < min(COPIERS, ROWS * CHUNKS)) {
 #pragma unroll
             for (int row = 0; row < ROWS; row += ROWS_A_PASS)
-                copy16(tile + place + row * ROW_BYTES, from + row * row_stride, row < rows_left);
+                copy16(tile + place + row * ROW_BYTES, first + row * row_stride, row < left);
         }
-        from += ROWS * row_stride;
-        rows_left -= ROWS;
     }
 };
 

@@ -27,11 +27,15 @@ struct Params {
     float* dq_sums;      // same shape x HEAD_DIM, zeros at first: columns in the order of generic_backward_keys.cu
     const int *cu_q, *cu_k, *key_lengths;  // null where the batch is not packed / has no lengths
     const u64* seed;     // two words, null without dropout
+    // Block-sparse, else null: see walk.cuh. Kernels over keys get the layout's columns in the place of its rows.
+    const int *row_ptr, *col_idx, *head_to_pattern;
     Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dkv_strides;
     i64 stats_batch, stats_head;
     i64 total_q, total_k;  // rows of q and of k in memory (B Lq or Tq)
+    i64 pattern_stride;    // head h follows pattern head_to_pattern[h * pattern_stride]
     int batch, heads, len_q, len_k, head_dim, tiles;
     int causal;
+    int num_blocks, block_size;  // of the layout: lists a pattern, rows a block
     u32 drop_step, drop_high;  // see philox.cuh
     float scale, scale_log2, keep_scale;
 };
