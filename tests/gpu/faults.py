@@ -107,12 +107,12 @@ _GENERIC = [
 ]
 
 _HOPPER = [
-    Fault("forward: a stage is read before it was filled", _HOPPER_FORWARD, "ring.filled());", "ring.emptied());"),
+    Fault("a stage is read before it was filled", _WARPGROUPS, "return round & 1; }", "return (round & 1) ^ 1; }"),
     Fault(
-        "forward: keys of the last group left out",
+        "forward: causal mask begins too late",
         _HOPPER_FORWARD,
-        "(warp / 4 + 1) * 64 + w.offset",
-        "(warp / 4) * 64 + w.offset",
+        "unmasked = p.causal ? min(w.k_len, first_row + w.offset + 1)",
+        "unmasked = p.causal ? min(w.k_len, first_row + w.offset + 65)",
     ),
     Fault(
         "forward: rows after the last sequence are left",
@@ -146,8 +146,8 @@ _HOPPER = [
     Fault(
         "backward: dQ of the last tile is lost",
         _HOPPER_BACKWARD,
-        "if (num_tiles > start && turn_before == group)",
-        "if (false)",
+        "if (num_tiles > start && ",
+        "if (false && ",
     ),
     Fault(
         "backward: gradients beyond key_lengths are left",
