@@ -92,9 +92,11 @@ def make_parser() -> Parser:
     p.add_argument("--out", type=Path, help="picture file (default: <what>.png)")
     p.add_argument("--data", type=Path, default=Path("data"), help="folder of the caches (default: data)")
 
-    p = command("bench", "Time attention against every peer, or count its bytes through GPU memory.")
+    p = command("bench", "Time attention or training steps against every peer, or count bytes through GPU memory.")
     p.add_argument(
-        "what", choices=["attention", "io"], help="attention: times and memory; io: bytes, by Nsight Compute"
+        "what",
+        choices=["attention", "training", "io"],
+        help="attention, training (steps of the whole model): times and memory; io: bytes, by Nsight Compute",
     )
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the benchmark (bench attention --help)")
 

@@ -279,12 +279,16 @@ def task_figure(task: Task, options: TaskOptions, data: Path) -> Any:
 
 
 def bench_command(args: argparse.Namespace) -> None:
-    """Run a benchmark of attention_kernels with its own options."""
+    """Run a benchmark with its own options."""
     prog = f"run_lra.py bench {args.what}"
     if args.what == "io":
         from attention_kernels import bench_io
 
         bench_io.main(args.arguments, prog)
+    elif args.what == "training":
+        from lra import bench_training
+
+        bench_training.main(args.arguments, prog)
     else:
         from attention_kernels import bench
 
