@@ -93,11 +93,7 @@ def make_parser() -> Parser:
     p.add_argument("--data", type=Path, default=Path("data"), help="folder of the caches (default: data)")
 
     p = command("bench", "Time attention or training steps against every peer, or count bytes through GPU memory.")
-    p.add_argument(
-        "what",
-        choices=["attention", "training", "io"],
-        help="attention, training (steps of the whole model): times and memory; io: bytes, by Nsight Compute",
-    )
+    p.add_argument("what", choices=["attention", "training", "io"], help="io: bytes, by Nsight Compute")
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the benchmark (bench attention --help)")
 
     command("doctor", "Say what this machine has and what will run on it.")
