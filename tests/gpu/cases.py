@@ -53,6 +53,18 @@ class Case(NamedTuple):
     k_ranges: list[tuple[int, int]]
     offsets: list[int]  # causal: row r sees column c when c <= r + offset
     call: Callable[..., tuple[Tensor, Tensor]]
+    layout: ak.BlockLayout | None = None  # block-sparse calls
+
+    def visible(self, rows: int, columns: int, causal: bool, offset: int) -> Tensor:
+        """Return what a sequence's rows may see, (1 or H, rows, columns)."""
+        device = self.tensors[0].device
+        row, column = torch.arange(rows, device=device), torch.arange(columns, device=device)
+        seen = column <= row[:, None] + offset if causal else torch.ones_like(column > row[:, None])
+        if self.layout is None:
+            return seen[None]
+        patterns = self.layout.to_mask()[self.layout.head_to_pattern.long()]
+        size = self.layout.block_size
+        return seen & patterns[:, row // size][:, :, column // size]
 
     def flat(self, dtype: torch.dtype) -> list[Tensor]:
         """Return q, k, v and the gradient of out as (T, H, D)."""
@@ -67,15 +79,14 @@ def flat(x: Tensor) -> Tensor:
     return x.flatten(0, 1) if x.dim() == 4 else x
 
 
-def _softmax(q: Tensor, k: Tensor, scale: float, causal: bool, offset: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weights (H, Lq, Lk), lse (H, Lq) and which rows see a key (Lq,) of one sequence."""
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    rows, columns = (torch.arange(len(x), device=q.device) for x in (q, k))
-    visible = columns <= rows[:, None] + offset if causal else torch.ones_like(columns > rows[:, None])
+def _softmax(q: Tensor, k: Tensor, case: Case, rule: Rule, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weights (H, Lq, Lk), lse (H, Lq) and which rows see a key (1 or H, Lq) of one sequence."""
+    scores = torch.einsum("qhd,khd->hqk", q, k) * case.scale(rule)
+    visible = case.visible(len(q), len(k), rule.causal, offset)
     # Why: the gradient of softmax is NaN in a row of -inf, and would be in every key's sum.
     seen = visible.any(-1)
-    scores = scores.masked_fill(~visible & seen[:, None], -torch.inf)
-    return scores.softmax(-1) * seen[:, None], torch.where(seen, scores.logsumexp(-1), -torch.inf), seen
+    scores = scores.masked_fill(~visible & seen[..., None], -torch.inf)
+    return scores.softmax(-1) * seen[..., None], torch.where(seen, scores.logsumexp(-1), -torch.inf), seen
 
 
 def _dropped(weights: Tensor, case: Case, rule: Rule, sample: int) -> Tensor:
@@ -98,7 +109,7 @@ def formula(case: Case, dtype: torch.dtype, rule: Rule) -> list[Tensor]:
         if a == b or c == d:
             continue
         leaves = [x.clone().requires_grad_() for x in (q[a:b], k[c:d], v[c:d])]
-        weights, lse, seen = _softmax(*leaves[:2], case.scale(rule), rule.causal, offset)
+        weights, lse, seen = _softmax(*leaves[:2], case, rule, offset)
         out = torch.einsum("hqk,khd->qhd", _dropped(weights, case, rule, sample), leaves[2])
         zero = torch.zeros_like(lse)
         dlse = zero if case.dlse is None else torch.where(seen, case.dlse[:, a:b].to(dtype), 0.0)
@@ -126,7 +137,7 @@ def rounding_model(case: Case, rule: Rule) -> dict[str, float]:
         if a == b or c == d:
             continue
         q_s, k_s, v_s, dout_s = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d], dout[a:b]))  # (H, L, D)
-        weights, _, seen = _softmax(q[a:b], k[c:d], scale, rule.causal, offset)
+        weights, _, seen = _softmax(q[a:b], k[c:d], case, rule, offset)
         dropped = _dropped(weights, case, rule, sample)
         out = dropped @ v_s
         out_error = u**2 * (out**2 + dropped**2 @ v_s**2)
