@@ -18,7 +18,7 @@ from tests.gpu.cases import FAMILIES_HERE
 from tests.gpu.faults import FAULTS, NOT_BUILT, NOTHING, NOTICED, Fault
 
 REPOSITORY = Path(__file__).parents[2]
-HANGS_AFTER_S = 60
+HANGS_AFTER_S = 90
 
 
 def plant(fault: Fault, folder: Path) -> None:
