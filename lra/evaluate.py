@@ -96,8 +96,7 @@ def eval_batches(
                 black_pixels=config.data.black_pixels,
             )
             if on_gpu:
-                most = min(-(-size // world.size), -(-len(indices) // world.size))
-                batch = rounded(batch, config.max_length + batch.cls, most)
+                batch = rounded(batch, config.max_length + batch.cls, -(-size // world.size))
         yield min(first + size, len(indices)), places, batch
 
 
