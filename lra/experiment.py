@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import shutil
+import statistics
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -143,7 +144,8 @@ def final_result(
     steps = {"last": learner.step, "best_val": best.step if best else learner.step}
     matrix = confusion(chosen.labels.tolist(), chosen.predictions.tolist(), get(config.task.name).num_classes)
     seconds = max(learner.watch["train"], 1e-9)
-    rates = [r.get("tokens_per_s", 0.0) for r in run.metrics() if r["kind"] == "train"]
+    windows = [r for r in run.metrics() if r["kind"] == "train" and "examples_per_s" in r]
+    rates, size = [r["tokens_per_s"] for r in windows], config.train.batch_size // world.size
     result |= {
         "status": "finished",
         "step": learner.step,
@@ -153,6 +155,8 @@ def final_result(
         "eval_s": learner.watch["eval"],
         "wall_s": learner.watch["train"] + learner.watch["eval"],
         "steps_per_s": learner.step / seconds,
+        # The median window: neither compilation nor a slow disk once is in it.
+        "steady_steps_per_s": statistics.median(r["examples_per_s"] for r in windows) / size if windows else None,
         "tokens_per_s": sum(rates) / len(rates) if rates else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None,
         "confusion": matrix,

@@ -100,6 +100,7 @@ class RunRecord:
     eval_s: float | None = None
     wall_s: float | None = None
     steps_per_s: float | None = None
+    steady_steps_per_s: float | None = None
     tokens_per_s: float | None = None
     peak_memory_bytes: int | None = None
     device: str | None = None

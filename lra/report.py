@@ -11,10 +11,11 @@ from pathlib import Path
 
 from lra import plots
 from lra.base.files import disk_errors, write_bytes_atomic, write_text_atomic
+from lra.comparison import table_3
 from lra.figures import Picture, pictures
 from lra.page import METHOD_NOTES, page, section_note
 from lra.records import RunRecord
-from lra.report_tables import costs, details, overview, plural, published_table, section_title
+from lra.report_tables import overview, plural, published_table, section_tables, section_title
 from lra.run_tables import all_runs, class_table, confusion_table, facts, not_counted
 from lra.runs import find_runs
 from lra.summary import Section, sections
@@ -30,6 +31,9 @@ def build_report(run_roots: Sequence[Path], out: Path, *, now: datetime | None =
     """
     records = find_runs(run_roots)
     groups = sections(records)
+    mixed = table_3(groups)
+    # First of all: the table that the suite exists to reproduce.
+    groups = [*([mixed] if mixed else []), *groups]
     taken: set[str] = set()
     figures = {index: pictures(section, taken) for index, section in enumerate(groups)}
     made = (now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")
@@ -64,7 +68,7 @@ def markdown_report(
         parts += [section_note(section)] if section_note(section) else []
         parts.append(markdown(overview(section)))
         parts += [f"![{escape_markdown(f'{p.task}: {p.caption}')}](plots/{p.name}.png)" for p in figures.get(index, [])]
-        parts += [markdown(t) for t in (details(section), costs(section)) if t.rows]
+        parts += [markdown(t) for t in section_tables(section)]
     parts.append("## Runs")
     for run in records:
         parts.append(f"### {escape_markdown(run.name)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lra import statistics
+from lra.comparison import TABLE_3_PROTOCOL, paired, step_speed_up
 from lra.published import FLASH_SPEED_UPS, LRA_TASKS, METHOD_OF_BACKEND, published
 from lra.records import RunRecord, is_official
 from lra.summary import BASELINE, Group, Method, Section, Setting
@@ -32,6 +33,8 @@ def title(task: str) -> str:
 
 def section_title(section: Section) -> str:
     """Return a section's heading."""
+    if section.protocol == TABLE_3_PROTOCOL:
+        return "FlashAttention's Table 3"
     heading = f"{section.track.capitalize()} track, {section.protocol} protocol"
     return heading if section.official else f"{heading}: stand-in data"
 
@@ -70,12 +73,16 @@ def overview(section: Section) -> Table:
     """Return methods x settings: mean accuracy, interval, seeds, failures and the published number of each."""
     settings, methods = section.settings, section.methods
     averaged = section.mean_settings()
-    with_speed = section.official and any(section.speed_up(g) for g in section.groups if g.method.backend != BASELINE)
+    faster = [g for g in section.groups if section.official and g.method.backend != BASELINE]
+    with_speed = any(section.speed_up(g) for g in faster)
+    with_steps = any(step_speed_up(section, g) for g in faster)
     columns = [Column("Method", "left"), *(Column(t, best="max") for t in _setting_titles(settings))]
     if averaged:
         columns.append(Column(f"Mean of {len(averaged)}", best="max"))
     if with_speed:
         columns.append(Column("Speed-up", best="max"))
+    if with_steps:
+        columns.append(Column("Speed-up a step", best="max"))
     rows = []
     for method in methods:
         row: list[Value] = [method.label]
@@ -84,6 +91,8 @@ def overview(section: Section) -> Table:
             row.append(_mean_cell(section, method, averaged))
         if with_speed:
             row.append(_speed_up_cell(section, method))
+        if with_steps:
+            row.append(_step_speed_up_cell(section, method))
         rows.append(tuple(row))
     return Table("Test accuracy (%)", tuple(columns), tuple(rows), _overview_note(section, averaged, with_speed))
 
@@ -96,8 +105,8 @@ def _overview_note(section: Section, averaged: Sequence[Setting], with_speed: bo
         notes.append(f"The mean is over {', '.join(title(s.task) for s in averaged)}.")
     if with_speed:
         notes.append(
-            "Speed-up: training time of standard attention over the method's, same machine, evaluation "
-            "apart; geometric mean over tasks."
+            "Speed-up: training time of standard attention over the method's, same machine, compilation included, "
+            "evaluation apart; geometric mean over tasks. A step: the same by the median window of steps."
         )
     return " ".join(notes)
 
@@ -169,6 +178,65 @@ def _speed_up_cell(section: Section, method: Method) -> Cell:
     return Cell(f"{value:.2f}x", tuple(notes), value)
 
 
+def _step_speed_up_cell(section: Section, method: Method) -> Cell:
+    ratios = [s for g in section.groups if g.method == method and (s := step_speed_up(section, g)) is not None]
+    if not ratios:
+        return Cell("-", tone="muted")
+    value = statistics.geometric_mean(ratios)
+    return Cell(f"{value:.2f}x", (plural(len(ratios), "task"),), value)
+
+
+def comparison(section: Section) -> Table:
+    """Return a row for every method and setting that has standard attention beside it: what the method changes."""
+    columns = (
+        Column("Task", "left"),
+        Column("Method", "left"),
+        Column("Minus standard (points)", digits=2),
+        Column("95 % interval"),
+        Column("Common seeds"),
+        Column("Speed-up"),
+        Column("Speed-up a step"),
+        Column("Memory of standard"),
+    )
+    rows = []
+    for group, task in _titled(section):
+        difference = paired(section, group)
+        if difference is None:
+            continue
+        low, high = difference.low, difference.high
+        speed, step = section.speed_up(group), step_speed_up(section, group)
+        base = section.group(Method(BASELINE), group.setting)
+        own_bytes, base_bytes = peak_memory(group), peak_memory(base)
+        rows.append(
+            (
+                task,
+                group.method.label,
+                100 * difference.mean,
+                None if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}",
+                difference.count,
+                None if speed is None else Cell(f"{speed:.2f}x", value=speed),
+                None if step is None else Cell(f"{step:.2f}x", value=step),
+                None if not own_bytes or not base_bytes else f"{base_bytes / own_bytes:.1f}x",
+            )
+        )
+    note = "Accuracy differences are paired by seed; their interval is Student's t over the common seeds."
+    return without_empty_columns(Table("Against standard attention", columns, tuple(rows), note))
+
+
+def peak_memory(group: Group | None) -> int | None:
+    """Return the largest peak memory of a group's counted runs, in bytes."""
+    runs = () if group is None else group.counted
+    return max((r.peak_memory_bytes for r in runs if r.peak_memory_bytes is not None), default=None)
+
+
+def section_tables(section: Section) -> list[Table]:
+    """Return the tables that follow a section's overview; the mix of protocols leaves to others what is theirs."""
+    tables = [comparison(section)]
+    if section.protocol != TABLE_3_PROTOCOL:
+        tables += [details(section), costs(section)]
+    return [table for table in tables if table.rows]
+
+
 def details(section: Section) -> Table:
     """Return a row a group with what its accuracy rests on."""
     columns = (
@@ -230,7 +298,7 @@ def costs(section: Section) -> Table:
 
 def _cost_row(section: Section, group: Group, task: str) -> tuple[Value, ...]:
     train_s, speed_up = group.mean("train_s"), section.speed_up(group)
-    memory = max((r.peak_memory_bytes for r in group.counted if r.peak_memory_bytes is not None), default=None)
+    memory = peak_memory(group)
     return (
         task,
         group.method.label,

@@ -68,8 +68,8 @@ def _scores(run: RunRecord) -> dict[str, Value]:
 
 def _costs(run: RunRecord) -> dict[str, Value]:
     names = (
-        "step steps batch_size num_parameters precision steps_per_s tokens_per_s train_s eval_s wall_s "
-        "peak_memory_bytes device software commit date command resumed restarts"
+        "step steps batch_size num_parameters precision steps_per_s steady_steps_per_s tokens_per_s train_s eval_s "
+        "wall_s peak_memory_bytes device software commit date command resumed restarts"
     )
     costs: dict[str, Value] = {name: getattr(run, name) for name in names.split()}
     return {**costs, "what_ran": what_ran(run), "path": str(run.path)}

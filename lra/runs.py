@@ -304,7 +304,7 @@ def _from_result(
         known[key] = _text(result.get(key))
     for key in ("seed", "num_parameters", "steps", "step", "batch_size", "peak_memory_bytes"):
         known[key] = _count(result.get(key))
-    for key in ("train_s", "eval_s", "wall_s", "steps_per_s", "tokens_per_s"):
+    for key in ("train_s", "eval_s", "wall_s", "steps_per_s", "steady_steps_per_s", "tokens_per_s"):
         known[key] = _number(result.get(key))
     tests = {clean(k): _score(k, v) for k, v in _mapping(result.get("test")).items() if v is not None}
     reason = _text(result.get("reason")) or ""

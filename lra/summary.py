@@ -187,7 +187,7 @@ def sections(records: Iterable[RunRecord]) -> list[Section]:
         official = all(r.official_data for r in stated) if stated else is_official(group.setting.source or "generated")
         by_section[(group.track, group.protocol, official)].append(group)
     return [
-        Section(track, protocol, official, tuple(sorted(members, key=_group_order)))
+        Section(track, protocol, official, tuple(sorted(members, key=group_order)))
         for (track, protocol, official), members in sorted(
             by_section.items(), key=lambda i: (*_rank(i[0][0], TRACKS), *_rank(i[0][1], PROTOCOLS), not i[0][2])
         )
@@ -270,7 +270,8 @@ def _method_order(method: Method) -> tuple[object, ...]:
     return (*_rank(method.backend, BACKENDS), method.layout or "", method.variant)
 
 
-def _group_order(group: Group) -> tuple[object, ...]:
+def group_order(group: Group) -> tuple[object, ...]:
+    """Sort key: tasks in the literature's order, then settings, then methods."""
     s = group.setting
     words = (s.recipe or "", s.source or "", s.split_rule or "", s.checkpoint_choice or "")
     return (*_rank(s.task, TASKS), *words, s.steps or 0, s.batch_size or 0, *_method_order(group.method))

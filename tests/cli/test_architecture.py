@@ -21,7 +21,8 @@ FLOORS = [
      "lra.published", "lra.runs", "lra.records", "lra.report_tables", "lra.run_tables", "lra.summary", "lra.page",
      "lra.sweep_jobs", "lra.sweep_marks", "lra.sweep_pool", "lra.sweep_slurm", "lra.sweep_view", "lra.sweep",
      "lra.chain", "lra.export", "lra.robustness", "lra.reproduce",
-     "lra.bench_cases", "lra.bench_padded", "lra.bench_worker", "lra.bench_report", "lra.bench_training"],
+     "lra.bench_cases", "lra.bench_padded", "lra.bench_worker", "lra.bench_report", "lra.bench_training",
+     "lra.comparison"],
     ["lra.commands"],
     ["lra.cli"],
 ]  # fmt: skip
