@@ -112,14 +112,11 @@ def _listops(task: Task, count: int, length: int, seed: int) -> tuple[np.ndarray
     from tasks.listops import ListOpsOptions
 
     options = ListOpsOptions(name="listops", seed=seed + 1)
-    tokens, lengths, drawn = [], [], 0
-    while sum(map(len, lengths)) < count:
-        block = draw_block(options, drawn)
-        tokens.append(block.tokens)
-        lengths.append(block.lengths)
-        drawn += 1
-    kept = np.concatenate(lengths)[:count]
-    flat = np.concatenate(tokens)[: int(kept.sum())]
+    blocks = [draw_block(options, 0)]
+    while sum(len(block.lengths) for block in blocks) < count:
+        blocks.append(draw_block(options, len(blocks)))
+    kept = np.concatenate([block.lengths for block in blocks])[:count]
+    flat = np.concatenate([block.tokens for block in blocks])[: int(kept.sum())]
     if length >= int(kept.max()):
         return flat, kept
     starts = np.concatenate([[0], np.cumsum(kept)[:-1]])
