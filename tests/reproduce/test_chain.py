@@ -23,7 +23,7 @@ TINY = [
     "task.count=80", "task.contour_length=6", "model.depth=1", "model.width=32", "model.num_heads=1",
     "model.mlp_width=32", "train.batch_size=8", "train.eval_batch_size=8", "train.steps=6", "train.eval_every=3",
     "train.checkpoint_every=2", "train.log_every=2", "train.schedule.warmup=2", "train.precision=fp32",
-    "data.keep_tokens=[200, 300]", "data.limit_eval=8", "data.limit_val=4", "train.test=both",
+    "data.keep_tokens=[200, 300]", "attention=sdpa", "data.limit_eval=8", "data.limit_val=4", "train.test=both",
 ]  # fmt: skip
 CHAIN = """\
 name: tiny
