@@ -6,7 +6,6 @@ whatever lengths and offsets say. ATTENTION_KERNELS_CHECK=1 reads and checks tho
 """
 
 import os
-from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -16,9 +15,27 @@ from attention_kernels import dispatch, families, launcher, philox
 from attention_kernels.kernel_plan import Kernel, Plan, plan, width_of
 from attention_kernels.sequences import fixed_segments, packed_segments
 
+CHECK = os.environ.get("ATTENTION_KERNELS_CHECK") == "1"
 _LOG2_E = 1.4426950408889634
 _MAX_BLOCKS = 2**31 - 1
-_Strides = tuple[int, int, int]
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+# The fields of struct Params (csrc/common/types.cuh) in their order, and where some of them stand.
+_POINTERS = (
+    *("q", "k", "v", "out", "dout", "out_written", "dq", "dk", "dv", "lse", "dlse", "stats", "dq_sums"),
+    *("cu_q", "cu_k", "key_lengths", "seed", "row_ptr", "col_idx", "head_to_pattern"),
+)
+_ADDRESS = {name: at for at, name in enumerate(_POINTERS)}
+# out is read in one kernel and written in another, never both: they share the strides. dv has dk's.
+_STRIDES = {
+    name: 20 + 3 * at
+    for at, names in enumerate((["q"], ["k"], ["v"], ["out", "out_written"], ["dout"], ["dq"], ["dk"]))
+    for name in names
+}
+_NUMBERS = 41  # stats_batch, stats_head, total_q, total_k, pattern_stride, batch, heads, len_q, len_k, head_dim
+_TILES = 51
+_RULE = 52  # causal, num_blocks, block_size, drop_step, drop_high, scale, scale_log2, keep_scale
+_NOTHING: list[int | float] = [0] * 60
 
 
 def register_where_possible() -> None:
@@ -54,8 +71,9 @@ def flash_forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return out, contiguous in q's shape and dtype, and lse float32, (B, H, Lq) or (H, Tq)."""
-    call = _Call.of(q, k, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _forward(call.with_rule(dropout_seed, dropout_p, softmax_scale, causal), q, k, v)
+    call = _Call(q, k, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call.with_rule(dropout_seed, dropout_p, softmax_scale, causal)
+    return _forward(call, q, k, v)
 
 
 def flash_backward(
@@ -78,8 +96,8 @@ def flash_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, contiguous; dq too is the same bits every time when `deterministic`, at some cost."""
-    call = _Call.of(q, k, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    call = call.with_rule(dropout_seed, dropout_p, softmax_scale, causal)
+    call = _Call(q, k, key_lengths, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call.with_rule(dropout_seed, dropout_p, softmax_scale, causal)
     return _backward(call, q, k, v, out, lse, dout, dlse, deterministic)
 
 
@@ -103,10 +121,10 @@ def sparse_forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return what `flash_forward` returns, over the layout's blocks alone."""
-    call = _Call.of(q, k, key_lengths, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    call = call.with_rule(dropout_seed, dropout_p, softmax_scale, causal)
-    lists = _Lists.of(row_ptr, col_idx, col_ptr, row_idx, head_to_pattern, num_blocks, block_size)
-    return _forward(replace(call, lists=lists), q, k, v)
+    call = _Call(q, k, key_lengths, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    call.with_rule(dropout_seed, dropout_p, softmax_scale, causal)
+    call.with_layout(row_ptr, col_idx, col_ptr, row_idx, head_to_pattern, num_blocks, block_size)
+    return _forward(call, q, k, v)
 
 
 def sparse_backward(
@@ -134,15 +152,15 @@ def sparse_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `flash_backward` returns, over the layout's blocks alone."""
-    call = _Call.of(q, k, key_lengths, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    call = call.with_rule(dropout_seed, dropout_p, softmax_scale, causal)
-    lists = _Lists.of(row_ptr, col_idx, col_ptr, row_idx, head_to_pattern, num_blocks, block_size)
-    return _backward(replace(call, lists=lists), q, k, v, out, lse, dout, dlse, deterministic)
+    call = _Call(q, k, key_lengths, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    call.with_rule(dropout_seed, dropout_p, softmax_scale, causal)
+    call.with_layout(row_ptr, col_idx, col_ptr, row_idx, head_to_pattern, num_blocks, block_size)
+    return _backward(call, q, k, v, out, lse, dout, dlse, deterministic)
 
 
 def _forward(call: "_Call", q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     head_dim = q.shape[-1]
-    q, k, v = (readable(x) for x in (q, k, v))
+    q, k, v = readable(q), readable(k), readable(v)
     out = _empty(q.shape, q.dtype, q.device)
     lse = _empty(call.lse_shape, torch.float32, q.device)
     if lse.numel():
@@ -162,23 +180,28 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head_dim = q.shape[-1]
-    q, k, v, out, dout = (readable(x) for x in (q, k, v, out, dout))
-    dq, dk, dv = (_empty(x.shape, x.dtype, x.device) for x in (q, k, v))
+    q, k, v, out, dout = readable(q), readable(k), readable(v), readable(out), readable(dout)
+    dk, dv = _empty(k.shape, k.dtype, k.device), _empty(v.shape, v.dtype, v.device)
     stats = _empty((*call.lse_shape, 2), torch.float32, q.device)
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
-    saved = {"q": q, "k": k, "v": v, "dout": dout, "stats": stats}
-    if stats.numel():
-        call.launch("preprocess", 0, out=out, dout=dout, lse=lse, dlse=dlse, stats=stats)
-    if deterministic or not stats.numel() or not dk.numel() or not call.fits("backward"):
-        if stats.numel():
-            call.launch("backward_queries", call.max_q, **saved, dq=dq)
+    call.place(q=q, k=k, v=v, out=out, dout=dout, lse=lse, dlse=dlse, stats=stats, dk=dk, dv=dv)
+    rows = stats.numel() > 0
+    if rows:
+        call.launch("preprocess", 0)
+    if deterministic or not rows or not dk.numel() or not call.fits("backward"):
+        dq = _empty(q.shape, q.dtype, q.device)
+        if rows:
+            call.launch("backward_queries", call.max_q, dq=dq)
         if dk.numel():
-            call.launch("backward_keys", call.max_k, **saved, dk=dk, dv=dv)
+            call.launch("backward_keys", call.max_k)
     else:
         sums = torch.zeros((*call.lse_shape, width_of(q.shape[-1])), dtype=torch.float32, device=q.device)
-        call.launch("backward", call.max_k, **saved, dk=dk, dv=dv, dq_sums=sums)
-        call.launch("postprocess", 0, dq=dq, dq_sums=sums)
+        call.launch("backward", call.max_k, dq_sums=sums)
+        # Why only now: the statistics are done with, and dq may lie where they were.
+        del stats
+        dq = _empty(q.shape, q.dtype, q.device)
+        call.launch("postprocess", 0, dq=dq)
     return _narrow(dq, head_dim), _narrow(dk, head_dim), _narrow(dv, head_dim)
 
 
@@ -190,10 +213,20 @@ def readable(x: Tensor) -> Tensor:
     """
     if x.shape[-1] % 8:
         return torch.nn.functional.pad(x, (0, -x.shape[-1] % 8))
-    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides):
-        return x
+    strides = x.stride()
+    if strides[-1] == 1 and x.data_ptr() % 16 == 0:
+        # The first, the second and the last but one: those of batch, row and head, in three dimensions or four.
+        if (strides[0] | strides[1] | strides[-2]) % 8 == 0:
+            return x
+        # The stride of a dimension of one element is never used.
+        if all(stride % 8 == 0 or size == 1 for size, stride in zip(x.shape, strides[:-1], strict=False)):
+            return x
     return x.contiguous() if not x.is_contiguous() else x.clone()
+
+
+def _int32(x: Tensor) -> Tensor:
+    """Return x as contiguous int32, the same tensor where it is that already."""
+    return x if x.dtype == torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -205,69 +238,14 @@ def _narrow(x: Tensor, head_dim: int) -> Tensor:
     return x if x.shape[-1] == head_dim else x[..., :head_dim].contiguous()
 
 
-def _strides(x: Tensor) -> _Strides:
-    """Return the strides of batch, row and head; packed tensors have batch stride 0."""
-    return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), x.stride(1), x.stride(2))
-
-
-def _int32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.int32).contiguous()
-
-
-@dataclass(frozen=True)
-class _Lists:
-    """A block layout as the kernels read it: those over queries its rows, those over keys its columns."""
-
-    rows: tuple[Tensor | None, Tensor | None]  # pointers and entries
-    columns: tuple[Tensor | None, Tensor | None]
-    head_to_pattern: Tensor | None
-    pattern_stride: int
-    num_blocks: int
-    block_size: int
-
-    @staticmethod
-    def of(
-        row_ptr: Tensor,
-        col_idx: Tensor,
-        col_ptr: Tensor,
-        row_idx: Tensor,
-        head_to_pattern: Tensor,
-        num_blocks: int,
-        block_size: int,
-    ) -> "_Lists":
-        rows, columns = (_int32(row_ptr), _int32(col_idx)), (_int32(col_ptr), _int32(row_idx))
-        # One entry serves all heads.
-        stride = 0 if len(head_to_pattern) == 1 else 1
-        return _Lists(rows, columns, _int32(head_to_pattern), stride, num_blocks, block_size)
-
-
-@dataclass(frozen=True)
 class _Call:
-    """Everything of a call that is the same for its kernels."""
+    """Everything of a call that is the same for its kernels, and the fields of their parameters.
 
-    device: torch.device
-    dtype: str
-    head_dim: int
-    heads: int
-    batch: int
-    packed: bool
-    total_q: int
-    total_k: int
-    len_q: int
-    len_k: int
-    max_q: int
-    max_k: int
-    key_lengths: Tensor | None
-    cu_q: Tensor | None
-    cu_k: Tensor | None
-    seed: Tensor | None = None
-    drop_count: int = 0
-    scale: float = 1.0
-    causal: bool = False
-    lists: _Lists | None = None
+    Runs several times in every step of a model: an address is put in its place once, for all kernels of the call.
+    """
 
-    @staticmethod
-    def of(
+    def __init__(
+        self,
         q: Tensor,
         k: Tensor,
         key_lengths: Tensor | None,
@@ -275,62 +253,108 @@ class _Call:
         cu_k: Tensor | None,
         max_q: int,
         max_k: int,
-    ) -> "_Call":
-        packed = cu_q is not None and cu_k is not None
-        if os.environ.get("ATTENTION_KERNELS_CHECK") == "1":
-            if cu_q is not None and cu_k is not None:
+    ) -> None:
+        self.index = q.device.index or 0
+        shape = q.shape
+        self.dtype, self.heads = _DTYPES[q.dtype], shape[-2]
+        self.head_dim = -(-shape[-1] // 8) * 8  # as `readable` makes it
+        self.fields = _NOTHING.copy()
+        self.dropout = self.sparse = False
+        self.packed = cu_q is not None and cu_k is not None
+        lengths = (0, 0)
+        if cu_q is not None and cu_k is not None:
+            if CHECK:
                 packed_segments(cu_q, cu_k, max_q, max_k, q.shape[0], k.shape[0])
-            else:
-                fixed_segments(q.shape[0], q.shape[1], k.shape[1], key_lengths)
-        batch = len(cu_q) - 1 if cu_q is not None else q.shape[0]
-        total_q, total_k = (x.shape[0] if packed else x.shape[0] * x.shape[1] for x in (q, k))
-        len_q, len_k = (0, 0) if packed else (q.shape[1], k.shape[1])
-        new_q = _int32(cu_q)
-        return _Call(
-            device=q.device,
-            dtype=str(q.dtype).removeprefix("torch."),
-            head_dim=-(-q.shape[-1] // 8) * 8,  # as `readable` makes it
-            heads=q.shape[-2],
-            batch=batch,
-            packed=packed,
-            total_q=total_q,
-            total_k=total_k,
-            len_q=len_q,
-            len_k=len_k,
+            # Kept: what `_int32` made must be there until the last launch.
+            self.offsets = new_q, new_k = _int32(cu_q), _int32(cu_k)
+            self.place(cu_q=new_q, cu_k=new_k)
+            self.batch, self.total_q, total_k = cu_q.shape[0] - 1, shape[0], k.shape[0]
             # Why min: an upper bound may be far beyond what the tensor can hold, and each tile costs a block.
-            max_q=min(max_q, total_q) if packed else len_q,
-            max_k=min(max_k, total_k) if packed else len_k,
-            key_lengths=_int32(key_lengths),
-            cu_q=new_q,
-            cu_k=new_q if cu_k is cu_q else _int32(cu_k),
-        )
+            self.max_q, self.max_k = min(max_q, self.total_q), min(max_k, total_k)
+            self.lse_shape: tuple[int, ...] = (self.heads, self.total_q)
+            stats = (0, self.total_q)
+        else:
+            self.batch, len_q, len_k = shape[0], shape[1], k.shape[1]
+            if CHECK:
+                fixed_segments(self.batch, len_q, len_k, key_lengths)
+            self.total_q, total_k = self.batch * len_q, self.batch * len_k
+            self.max_q, self.max_k = lengths = (len_q, len_k)
+            self.lse_shape = (self.batch, self.heads, len_q)
+            stats = (self.heads * len_q, len_q)
+            if key_lengths is not None:
+                self.key_lengths = _int32(key_lengths)
+                self.place(key_lengths=self.key_lengths)
+        numbers = (*stats, self.total_q, total_k, 0, self.batch, self.heads, *lengths, self.head_dim)
+        self.fields[_NUMBERS:_TILES] = numbers
 
     def with_rule(self, seed: Tensor | None, dropout_p: float, scale: float, causal: bool) -> "_Call":
-        """Return the call with its dropout, scale and mask."""
+        """Set dropout, scale and mask; return the call."""
         count = 0 if seed is None else philox.drop_count(dropout_p)
-        # A caller may hand in any view of two numbers; the kernels read them side by side.
-        seed = seed.contiguous() if seed is not None and count else None
-        return replace(self, seed=seed, drop_count=count, scale=scale, causal=causal)
+        if seed is not None and count:
+            # A caller may hand in any view of two numbers; the kernels read them side by side.
+            self.seed = seed.contiguous()
+            self.place(seed=self.seed)
+            self.dropout = True
+        # philox.cuh compares four bytes at a time with the two numbers made of the count.
+        self.fields[_RULE:] = (
+            *(int(causal), 0, 0, (128 - count % 128) * 0x01010101, 0xFFFFFFFF if count < 128 else 0),
+            *(scale, scale * _LOG2_E, philox.keep_scale(count)),
+        )
+        return self
 
-    @property
-    def lse_shape(self) -> tuple[int, ...]:
-        """Shape of lse and of the row statistics."""
-        return (self.heads, self.total_q) if self.packed else (self.batch, self.heads, self.len_q)
+    def with_layout(
+        self,
+        row_ptr: Tensor,
+        col_idx: Tensor,
+        col_ptr: Tensor,
+        row_idx: Tensor,
+        head_to_pattern: Tensor,
+        num_blocks: int,
+        block_size: int,
+    ) -> None:
+        """Walk over the blocks of a layout alone: kernels over queries read its rows, those over keys its columns."""
+        self.rows, self.columns = (_int32(row_ptr), _int32(col_idx)), (_int32(col_ptr), _int32(row_idx))
+        self.head_to_pattern = _int32(head_to_pattern)
+        self.place(head_to_pattern=self.head_to_pattern)
+        # One entry serves all heads.
+        self.fields[_NUMBERS + 4] = 0 if head_to_pattern.shape[0] == 1 else 1
+        self.fields[_RULE + 1], self.fields[_RULE + 2] = num_blocks, block_size
+        self.sparse = True
+
+    def place(self, **tensors: Tensor | None) -> None:
+        """Name the tensors, as struct Params does, that the launches from now on read or write."""
+        fields, packed = self.fields, self.packed
+        for name, x in tensors.items():
+            if x is None:
+                continue
+            fields[_ADDRESS[name]] = x.data_ptr()
+            at = _STRIDES.get(name)
+            if at is None:
+                continue
+            # Of batch, row and head; packed tensors have batch stride 0.
+            if packed:
+                fields[at + 1], fields[at + 2], _ = x.stride()
+            else:
+                fields[at], fields[at + 1], fields[at + 2], _ = x.stride()
 
     def plan(self, kernel: Kernel) -> Plan:
         """Return the plan of one of the call's kernels, of the best family that the device runs."""
-        hopper = launcher.is_hopper(self.device) and families.asked() != "generic"
-        return plan(kernel, self.head_dim, self.dtype, self.drop_count > 0, hopper, self.lists is not None)
+        hopper = launcher.is_hopper(self.index) and families.asked() != "generic"
+        return plan(kernel, self.head_dim, self.dtype, self.dropout, hopper, self.sparse)
 
     def fits(self, kernel: Kernel) -> bool:
         """Return whether the device has the shared memory that a kernel's tiles want (8.6 and 8.9 have 99 KB)."""
-        return launcher.fits(self.plan(kernel), self.device)
+        return launcher.fits(self.plan(kernel), self.index)
 
     def launch(self, kernel: Kernel, longest: int, **tensors: Tensor | None) -> None:
-        """Launch a kernel over every tile of `longest` rows, every head and every sequence."""
+        """Launch a kernel over every tile of `longest` rows, every head and every sequence.
+
+        It gets the tensors that were named up to now, and these.
+        """
+        self.place(**tensors)
         chosen = self.plan(kernel)
         tiles = max(1, -(-longest // chosen.rows))
-        if kernel in ("preprocess", "postprocess"):
+        if kernel == "preprocess" or kernel == "postprocess":
             blocks = self._row_blocks(chosen)
         else:
             # Packed: one sequence more, the rows after the last one.
@@ -340,12 +364,13 @@ class _Call:
                 f"q is too large for one launch: {blocks} tiles of {chosen.rows} rows, at most {_MAX_BLOCKS}."
             )
         if chosen.persistent:
-            blocks = min(blocks, launcher.blocks_at_a_time(chosen, self.device))
-        if self.lists is not None:
-            over_keys = kernel in ("backward", "backward_keys")
-            tensors["row_ptr"], tensors["col_idx"] = self.lists.columns if over_keys else self.lists.rows
-            tensors["head_to_pattern"] = self.lists.head_to_pattern
-        launcher.launch(chosen, self.device, blocks, self._parameters(tiles, tensors))
+            blocks = min(blocks, launcher.blocks_at_a_time(chosen, self.index))
+        if self.sparse:
+            over_keys = kernel == "backward" or kernel == "backward_keys"
+            pointers, entries = self.columns if over_keys else self.rows
+            self.place(row_ptr=pointers, col_idx=entries)
+        self.fields[_TILES] = tiles
+        launcher.launch(chosen, self.index, blocks, self.fields)
 
     def _row_blocks(self, chosen: Plan) -> int:
         """Blocks of the kernels that have a few lanes for each row."""
@@ -355,37 +380,3 @@ class _Call:
             while lanes * 8 < self.head_dim:
                 lanes *= 2
         return -(-self.total_q * self.heads * lanes // chosen.threads)
-
-    def _parameters(self, tiles: int, tensors: dict[str, Tensor | None]) -> tuple[int | float, ...]:
-        """Return the fields of struct Params (csrc/common/types.cuh) in their order."""
-
-        def address(x: Tensor | None) -> int:
-            return 0 if x is None else x.data_ptr()
-
-        def strides(name: str) -> _Strides:
-            x = tensors.get(name)
-            return (0, 0, 0) if x is None else _strides(x)
-
-        names = ("q", "k", "v", "out", "dout", "out_written", "dq", "dk", "dv", "lse", "dlse", "stats", "dq_sums")
-        # out is read in one kernel and written in another, never both: they share the strides.
-        out = "out_written" if "out_written" in tensors else "out"
-        strided = ("q", "k", "v", out, "dout", "dq", "dk")
-        per_head = self.total_q if self.packed else self.len_q
-        # philox.cuh compares four bytes at a time with these two.
-        step = (128 - self.drop_count % 128) * 0x01010101
-        high = 0xFFFFFFFF if self.drop_count < 128 else 0
-        return (
-            *(address(tensors.get(name)) for name in names),
-            *(address(x) for x in (self.cu_q, self.cu_k, self.key_lengths, self.seed)),
-            *(address(tensors.get(name)) for name in ("row_ptr", "col_idx", "head_to_pattern")),
-            *(number for name in strided for number in strides(name)),
-            0 if self.packed else self.heads * self.len_q,
-            per_head,
-            self.total_q,
-            self.total_k,
-            0 if self.lists is None else self.lists.pattern_stride,
-            *(self.batch, self.heads, self.len_q, self.len_k, self.head_dim, tiles, int(self.causal)),
-            *((0, 0) if self.lists is None else (self.lists.num_blocks, self.lists.block_size)),
-            *(step, high),
-            *(self.scale, self.scale * _LOG2_E, philox.keep_scale(self.drop_count)),
-        )

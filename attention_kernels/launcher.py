@@ -7,6 +7,9 @@ addresses, nothing of attention.
 
 import ctypes
 import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -19,52 +22,95 @@ from attention_kernels.kernel_plan import Plan
 PARAMETERS = struct.Struct("<20Q26q9i2I3f")
 _DEFAULT_SHARED_BYTES = 48 * 1024
 _lock = Lock()
-_functions: dict[tuple[int, int], tuple[Plan, Any]] = {}
 
 
 class LaunchError(RuntimeError):
     """The driver refused to load or to launch a kernel."""
 
 
-def launch(plan: Plan, device: torch.device, blocks: int, parameters: tuple[int | float, ...]) -> None:
-    """Launch `blocks` blocks of the plan's kernel on the device's current stream; builds it first where needed."""
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A plan loaded on a device."""
+
+    plan: Plan
+    function: Any
+    threads: int
+    shared_bytes: int
+
+
+class _Here(threading.local):
+    """What a thread needs at each launch, made once."""
+
+    def __init__(self) -> None:
+        # cuLaunchKernel copies the parameters before it returns: the next launch may write over them.
+        self.parameters = ctypes.create_string_buffer(PARAMETERS.size)
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.parameters))
+        self.address = ctypes.addressof(self.pointers)
+        self.devices: set[int] = set()  # those whose context has been seen current
+
+
+_here = _Here()
+_ready: dict[tuple[int, int], _Ready] = {}
+
+
+def launch(plan: Plan, index: int, blocks: int, parameters: Sequence[int | float]) -> None:
+    """Launch `blocks` blocks of the plan's kernel on the current stream of CUDA device `index`; builds it if need be.
+
+    `parameters` are the fields of struct Params (csrc/common/types.cuh).
+    """
     if blocks == 0:
         return
-    driver = _driver()
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    with torch.cuda.device(index):
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return launch(plan, index, blocks, parameters)
+    driver, here = _driver(), _here
+    if index not in here.devices:
         _make_context_current(driver, index)
-        function = _function(plan, index)
-        packed = ctypes.create_string_buffer(PARAMETERS.pack(*parameters), PARAMETERS.size)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
-        stream = torch.cuda.current_stream(index).cuda_stream
-        shape = (blocks, 1, 1, plan.threads, 1, 1, plan.shared_bytes)
-        (status,) = driver.cuLaunchKernel(function, *shape, stream, ctypes.addressof(pointers), 0)
+        here.devices.add(index)
+    # Why by identity: plans are made once (kernel_plan.plan is cached), and hashing one costs more than a launch.
+    ready = _ready.get((id(plan), index))
+    if ready is None or ready.plan is not plan:
+        ready = _get_ready(plan, index)
+    here.parameters.raw = PARAMETERS.pack(*parameters)
+    shape = (blocks, 1, 1, ready.threads, 1, 1, ready.shared_bytes)
+    (status,) = driver.cuLaunchKernel(ready.function, *shape, _stream(index), here.address, 0)
+    if status != 0:
         _check(driver, status, f"launch {plan.name} with {blocks} blocks")
 
 
-def fits(plan: Plan, device: torch.device) -> bool:
+def _stream(index: int) -> int:
+    """Return the handle of torch's current stream, which torch.cuda.current_stream wraps at ten times the cost."""
+    return int(torch._C._cuda_getCurrentRawStream(index))
+
+
+def _get_ready(plan: Plan, index: int) -> _Ready:
+    with _lock:
+        function = _loaded(plan, index)
+    ready = _ready[id(plan), index] = _Ready(plan, function, plan.threads, plan.shared_bytes)
+    return ready
+
+
+def fits(plan: Plan, index: int) -> bool:
     """Return whether a block's shared memory is within the device's limit."""
-    return plan.shared_bytes <= _shared_limit(device)
+    return plan.shared_bytes <= _limits(index)[1]
 
 
-@cache
-def is_hopper(device: torch.device) -> bool:
-    """Return whether the device is of compute capability 9.0."""
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@cache
-def blocks_at_a_time(plan: Plan, device: torch.device) -> int:
+def blocks_at_a_time(plan: Plan, index: int) -> int:
     """Return how many blocks of a plan run on the device at once."""
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.multi_processor_count) * plan.tiles.min_blocks
+    return _limits(index)[0] * plan.tiles.min_blocks
 
 
 @cache
-def _shared_limit(device: torch.device) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+def is_hopper(index: int) -> bool:
+    """Return whether the device is of compute capability 9.0."""
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+@cache
+def _limits(index: int) -> tuple[int, int]:
+    """Return a device's multiprocessors and the most shared memory that a block can have."""
+    properties: Any = torch.cuda.get_device_properties(index)
+    return int(properties.multi_processor_count), int(properties.shared_memory_per_block_optin)
 
 
 @cache
@@ -83,17 +129,6 @@ def _make_context_current(driver: Any, index: int) -> None:
     _check(driver, status, f"take the context of CUDA device {index}")
     (status,) = driver.cuCtxSetCurrent(context)
     _check(driver, status, f"make the context of CUDA device {index} current")
-
-
-def _function(plan: Plan, index: int) -> Any:
-    # Why by identity: plans are made once (kernel_plan.plan is cached), and hashing one costs more than a launch.
-    found = _functions.get((id(plan), index))
-    if found is not None and found[0] is plan:
-        return found[1]
-    with _lock:
-        function = _loaded(plan, index)
-    _functions[id(plan), index] = (plan, function)
-    return function
 
 
 @cache

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 import attention_kernels as ak
 from attention_kernels import BlockLayout, compiler, families, launcher
 from attention_kernels.bench_cases import Case as Shape
+from attention_kernels.kernel_plan import Plan
 from tests.gpu.cases import SEED
 
 OPS = torch.ops.attention_kernels
@@ -71,9 +73,9 @@ def test_a_family_asked_for_is_the_one_that_runs(family: families.Family, monkey
     launched = []
     launch = launcher.launch
 
-    def noting(plan: object, *arguments: object) -> None:
-        launched.append(plan.source)  # type: ignore[attr-defined]
-        launch(plan, *arguments)  # type: ignore[arg-type]
+    def noting(plan: Plan, *rest: Any) -> None:
+        launched.append(plan.source)
+        launch(plan, *rest)
 
     monkeypatch.setattr(launcher, "launch", noting)
     step(randoms(4, 2, 200, 2, 64))
@@ -99,7 +101,7 @@ def test_many_threads_and_streams_at_once_from_the_first_call_on(family: familie
     inputs = [randoms(4, *shape) for shape in shapes]
     expected = [step(data, deterministic=True) for data in inputs]
     torch.cuda.synchronize()
-    launcher._functions.clear()
+    launcher._ready.clear()
     launcher._loaded.cache_clear()
     launcher._kernel.cache_clear()
     wrong = []
@@ -230,7 +232,7 @@ def test_a_failed_build_says_so_and_the_next_call_builds(
     family: families.Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATTENTION_KERNELS_CACHE", str(tmp_path / "kernels"))
-    launcher._functions.clear()
+    launcher._ready.clear()
     launcher._loaded.cache_clear()
     launcher._kernel.cache_clear()
     q, k, v, _ = randoms(4, 1, 40, 1, 32)

@@ -76,9 +76,9 @@ def test_kernel_sources_stay_short_and_their_parameters_match_the_launcher() -> 
 
 def test_the_parameters_of_a_call_fill_the_struct() -> None:
     q = torch.zeros(2, 5, 3, 16, dtype=torch.bfloat16)
-    call = cuda_ops._Call.of(q, q, None, None, None, 5, 5).with_rule(torch.tensor([1, 2]), 0.1, 0.25, True)
-    packed = launcher.PARAMETERS.pack(*call._parameters(1, {"q": q, "k": q, "v": q, "out_written": q}))
-    fields = launcher.PARAMETERS.unpack(packed)
+    call = cuda_ops._Call(q, q, None, None, None, 5, 5).with_rule(torch.tensor([1, 2]), 0.1, 0.25, True)
+    call.place(q=q, k=q, v=q, out_written=q)
+    fields = launcher.PARAMETERS.unpack(launcher.PARAMETERS.pack(*call.fields))
     assert fields[:3] == (q.data_ptr(),) * 3 and fields[20:23] == (5 * 48, 48, 16)
 
 

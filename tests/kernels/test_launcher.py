@@ -56,13 +56,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Notes:
     notes = Notes()
     monkeypatch.setattr(launcher, "_driver", lambda: notes)
     monkeypatch.setattr(compiler, "cubin", lambda plan, arch: b"code")
-    limits = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
+    limits = SimpleNamespace(shared_memory_per_block_optin=99 * 1024, multi_processor_count=128)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: limits)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0))
-    for cached in (launcher._loaded, launcher._kernel, launcher._shared_limit, launcher._functions):
+    monkeypatch.setattr(launcher, "_stream", lambda index: 0)
+    for cached in (launcher._loaded, launcher._kernel, launcher._limits, launcher.is_hopper, launcher._ready):
         clear: Callable[[], None] = getattr(cached, "cache_clear", None) or cached.clear
         clear()
     return notes
@@ -116,6 +116,24 @@ def test_packed_calls_have_a_sequence_more_for_the_rows_after_the_last(driver: N
     assert [blocks for _, blocks, *_ in driver.launches] == [4 * 2 * 3]
 
 
+def test_each_kernel_gets_the_tensors_of_its_call_and_only_those(driver: Notes) -> None:
+    q = torch.zeros(2, 40, 3, 16, dtype=torch.bfloat16)
+    k = torch.zeros(2, 50, 3, 16, dtype=torch.bfloat16)
+    rule = (None, None, None, 40, 50, None, 0.0, 0.5, False)
+    out, lse = cuda_ops.flash_forward(q, k, k, *rule)
+    forward = driver.fields[0]
+    assert forward[:3] == (q.data_ptr(), k.data_ptr(), k.data_ptr())
+    # out, dout, out_written, dq, dk, dv, lse, dlse, stats, dq_sums
+    assert forward[3:13] == (0, 0, out.data_ptr(), 0, 0, 0, lse.data_ptr(), 0, 0, 0)
+    dlse = torch.ones_like(lse)
+    dq, dk, dv = cuda_ops.flash_backward(q, k, k, out, lse, q, dlse, *rule, False)
+    for (name, *_), fields in zip(driver.launches[1:], driver.fields[1:], strict=True):
+        assert fields[3:6] == (out.data_ptr(), q.data_ptr(), 0), name
+        assert fields[7:11] == (dk.data_ptr(), dv.data_ptr(), lse.data_ptr(), dlse.data_ptr()), name
+        assert fields[29:32] == (40 * 48, 48, 16) and fields[38:41] == (50 * 48, 48, 16), name
+        assert (fields[6] == dq.data_ptr()) == (name == "postprocess") and bool(fields[12]) == (name != "preprocess")
+
+
 def test_a_refused_launch_says_which_kernel(driver: Notes) -> None:
     driver.status = 700
     with pytest.raises(launcher.LaunchError, match=r"launch forward 64 bfloat16 with 18 blocks: out of ideas \(700\)"):
@@ -123,7 +141,7 @@ def test_a_refused_launch_says_which_kernel(driver: Notes) -> None:
 
 
 def test_checking_reads_the_offsets_and_names_the_argument(driver: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATTENTION_KERNELS_CHECK", "1")
+    monkeypatch.setattr(cuda_ops, "CHECK", True)  # what ATTENTION_KERNELS_CHECK=1 sets
     q = torch.zeros(50, 1, 16, dtype=torch.float16)
     cu = torch.tensor([0, 60])
     with pytest.raises(ValueError, match="cu_seqlens_q must end at or before the tensor's 50 rows, got 60"):
