@@ -297,8 +297,8 @@ def test_memory_is_linear_at_65536_tokens(family: families.Family, heads: int, h
     before = torch.cuda.memory_allocated()
     grads = torch.autograd.grad(ak.flash_attention(*leaves), leaves, data[3])
     used = torch.cuda.max_memory_allocated() - before
-    # lse is an output of 4 bytes a row; torch rounds each tensor up to 512 bytes.
-    allowed = Shape(1, heads, 65_536, head_dim).memory_allowed() + 4 * 65_536 * heads
+    # Output, gradients, 8 bytes a row a head, the float32 sums of dq. torch rounds each tensor up to 512 bytes.
+    allowed = Shape(1, heads, 65_536, head_dim).memory_allowed()
     assert used <= allowed + 2**14, f"{used:,} bytes beside the inputs, {allowed:,} allowed"
     assert all(x.isfinite().all() for x in grads)
 
