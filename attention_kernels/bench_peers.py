@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from attention_kernels.bench_cases import Inputs
+from attention_kernels.bench_cases import Case, Inputs
+from attention_kernels.block_sparse import block_sparse_attention
 from attention_kernels.dispatch import Choice, using
 from attention_kernels.flash import flash_attention, flash_attention_varlen
+from attention_kernels.layouts import BlockLayout
+from attention_kernels.standard import standard_attention
 
-__all__ = ["Call", "Method", "Unsupported", "make_methods", "ours"]
+__all__ = ["DENSE", "Call", "Method", "Unsupported", "make_methods", "methods_of", "ours"]
+
+# Our dense attention beside a block-sparse case.
+DENSE = "ours, dense"
 
 # Bytes a score under the math backend, forward + backward: it computes in float32 and keeps several copies.
 _MATH_BYTES = 20
@@ -48,11 +54,28 @@ class Call:
 
 @dataclass(frozen=True)
 class Method:
-    """A name, a group ("ours", "sdpa", "other") and the function of (inputs, dropout probability)."""
+    """A name, a group ("ours", "sdpa", "other") and the function of (inputs, dropout probability).
+
+    One that computes something else than the case (`checked` false) is timed beside it and not compared.
+    """
 
     name: str
     group: str
     build: Callable[[Inputs, float], Call]
+    checked: bool = True
+
+
+def methods_of(case: Case, tiled: bool = False) -> list[Method]:
+    """Return the methods that a case compares, ours first."""
+    if case.contest == "all":
+        return make_methods(tiled)
+    forms: list[Choice] = ["cuda", "tiled"] if tiled else ["cuda"]
+    ours_first = [Method(f"ours ({form})", "ours", _bind(ours, form)) for form in forms]
+    if case.contest == "runtime":
+        butterfly = Method("block-sparse butterfly", "other", _butterfly, checked=False)
+        return [*ours_first, Method("standard", "other", _standard), butterfly]
+    dense = Method(DENSE, "other", _bind(_dense, "auto"), checked=False)
+    return [*ours_first, dense, *([Method("FlexAttention", "other", _flex)] if case.contest == "flex" else [])]
 
 
 def make_methods(tiled: bool = False) -> list[Method]:
@@ -83,6 +106,8 @@ def ours(inputs: Inputs, dropout: float, form: Choice = "auto") -> Call:
     rule: dict[str, Any] = {"dropout_p": dropout, "causal": inputs.case.causal}
 
     def forward() -> Tensor:
+        if inputs.layout is not None:
+            return _blocks(leaves, inputs.layout, rule)
         if inputs.cu_seqlens is None:
             out = flash_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **rule)
             assert isinstance(out, Tensor)
@@ -93,6 +118,36 @@ def ours(inputs: Inputs, dropout: float, form: Choice = "auto") -> Call:
         return out
 
     return Call(forward, leaves, inputs.dout, context=lambda: using(form))
+
+
+def _blocks(leaves: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, rule: dict[str, Any]) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in leaves)
+    out = block_sparse_attention(q, k, v, layout, **rule)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2)
+
+
+def _dense(inputs: Inputs, dropout: float, form: Choice) -> Call:
+    """Return our dense attention on a block-sparse case's tensors."""
+    return ours(replace(inputs, layout=None), dropout, form)
+
+
+def _butterfly(inputs: Inputs, dropout: float) -> Call:
+    """Return our block-sparse attention under the butterfly that FlashAttention used, in blocks of 64."""
+    layout = BlockLayout.butterfly(inputs.max_length).to(inputs.q.device)
+    return ours(replace(inputs, layout=layout), dropout)
+
+
+def _standard(inputs: Inputs, dropout: float) -> Call:
+    """Return attention that keeps all its scores in memory, as FlashAttention's papers compare with."""
+    _refuse_large_scores(inputs)
+    leaves, causal = (inputs.q, inputs.k, inputs.v), inputs.case.causal
+
+    def forward() -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in leaves)
+        return standard_attention(q, k, v, dropout_p=dropout, causal=causal).transpose(1, 2)
+
+    return Call(forward, leaves, inputs.dout)
 
 
 def _sdpa(inputs: Inputs, dropout: float, backend: SDPBackend) -> Call:
@@ -175,6 +230,9 @@ def _flex(inputs: Inputs, dropout: float) -> Call:
     torch._dynamo.reset()
     attend = torch.compile(module.flex_attention, dynamic=False)
     leaves = (inputs.q, inputs.k, inputs.v)
+    if inputs.layout is not None:
+        listed = _flex_blocks(inputs.layout, module.BlockMask)
+        return Call(lambda: attend(*leaves, block_mask=listed), leaves, inputs.dout)
     if inputs.cu_seqlens is None:
         return Call(lambda: attend(*leaves), leaves, inputs.dout)
     total = len(inputs.q)
@@ -190,6 +248,14 @@ def _flex(inputs: Inputs, dropout: float) -> Call:
         return out[0].transpose(0, 1)
 
     return Call(forward, leaves, inputs.dout)
+
+
+def _flex_blocks(layout: BlockLayout, block_mask: Any) -> Any:
+    """Return the layout as FlexAttention takes it: all blocks whole, none to be masked within."""
+    mask = layout.to_mask()[:1]
+    count = mask.sum(-1, dtype=torch.int32)[None]
+    order = torch.argsort(mask.int(), dim=-1, descending=True, stable=True).int()[None].contiguous()
+    return block_mask.from_kv_blocks(torch.zeros_like(count), order, count, order, BLOCK_SIZE=layout.block_size)
 
 
 def _flash_attn(inputs: Inputs, dropout: float) -> Call:

@@ -18,6 +18,8 @@ _MIB = 2**20
 # Okabe and Ito's colours; methods differ by marker too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vPX*"
+# Whom a contest's floors are measured against (bench_peers.methods_of names them).
+_PEERS = {"density": "ours, dense", "flex": "FlexAttention", "runtime": "standard"}
 
 
 @dataclass
@@ -53,10 +55,13 @@ class CaseReport:
     def best_peer(self, forward: bool) -> Result | None:
         """Return the fastest peer that the floors are measured against.
 
-        The best SDPA backend; any peer with dropout; for packed cases torch's packed attention.
+        The best SDPA backend; any peer with dropout; for packed cases torch's packed attention; for block-sparse cases
+        FlexAttention, and in the sweep over densities our own dense attention; in the runtime table the standard one.
         """
         peers = [r for r in self.results if r.group != "ours"]
-        if self.case.packed:
+        if self.case.contest != "all":
+            peers = [r for r in peers if r.method == _PEERS[self.case.contest]]
+        elif self.case.packed:
             peers = [r for r in peers if r.method == "torch varlen"]
         elif not self.case.dropout:
             peers = [r for r in peers if r.group == "sdpa"]
@@ -64,8 +69,15 @@ class CaseReport:
         return peers[min(timed)[1]] if timed else None
 
     def ratios(self) -> Ratios:
-        """Return the best peer's time divided by ours, forward and forward + backward; above 1 we are faster."""
-        return self.ratio(self.best_peer(True))[0], self.ratio(self.best_peer(False))[1]
+        """Return the best peer's time divided by ours, forward and forward + backward; above 1 we are faster.
+
+        In the sweep over densities the dense time counts times the density: 1 where skipped blocks cost nothing.
+        """
+        forward, both = self.ratio(self.best_peer(True))[0], self.ratio(self.best_peer(False))[1]
+        if self.case.contest != "density":
+            return forward, both
+        share = self.case.density
+        return None if forward is None else forward * share, None if both is None else both * share
 
     def flash_ratios(self) -> Ratios:
         """Return the same against SDPA's flash backend, FlashAttention-2."""
@@ -129,9 +141,9 @@ def _verdict(report: CaseReport) -> str:
     parts = []
     for i, (what, ratio) in enumerate(zip(("forward", "forward + backward"), report.ratios(), strict=True)):
         peer, floor = report.best_peer(i == 0), report.case.floor
-        text = f"{what}: " + (
-            "no ratio" if ratio is None or peer is None else f"{peer.method} takes {ratio:.2f}x our time"
-        )
+        name = "" if peer is None else peer.method
+        name += f" x density {report.case.density:.4g}" if report.case.contest == "density" else ""
+        text = f"{what}: " + ("no ratio" if ratio is None else f"{name} takes {ratio:.2f}x our time")
         if floor is not None and report.case.aim is not None:
             reached = "" if ratio is None else (" reached" if ratio >= floor[i] else " NOT reached")
             text += f" (floor {floor[i]:g}{reached}, aim {report.case.aim[i]:g})"
@@ -200,7 +212,7 @@ def check_drawable(cases: Sequence[CaseReport] | Sequence[Case]) -> None:
     kinds: dict[int, set[tuple[Any, ...]]] = {}
     for item in cases:
         case = item if isinstance(item, Case) else item.case
-        kinds.setdefault(case.head_dim, set()).add((case.heads, case.dropout, case.packed, case.causal))
+        kinds.setdefault(case.head_dim, set()).add((case.heads, case.dropout, case.packed, case.causal, case.layout))
     if any(len(kind) > 1 for kind in kinds.values()):
         raise ValueError(
             "The plots are over the length: of one head dim only cases with the same heads and dropout fit."

@@ -12,7 +12,7 @@ import torch
 
 from attention_kernels import bench, bench_peers
 from attention_kernels.bench_cases import SETS, Case, make_cases, make_inputs
-from attention_kernels.bench_peers import Call, Method, Unsupported, make_methods, ours
+from attention_kernels.bench_peers import Call, Method, Unsupported, make_methods, methods_of, ours
 from attention_kernels.bench_report import CaseReport, Report, Result, draw, read_json, summary, table, write_json
 
 CPU = torch.device("cpu")
@@ -243,7 +243,7 @@ def test_floors_are_measured_against_the_right_peer():
 
 def test_the_sets_of_cases():
     assert {name: len(cases) for name, cases in SETS.items()} == {
-        "paper": 12, "issue": 14, "dropout": 3, "varlen": 2, "length": 8,
+        "paper": 12, "issue": 14, "dropout": 3, "varlen": 2, "length": 8, "sparse": 40, "flex": 2, "runtime": 10,
     }  # fmt: skip
     assert all(case.floor and case.aim for name in ("issue", "dropout", "varlen") for case in SETS[name])
     assert [case.length for case in SETS["length"]] == [512 << i for i in range(8)]
@@ -254,6 +254,43 @@ def test_the_sets_of_cases():
     assert len(lengths) == 32 and max(lengths) <= 4096 and 0.2 < sum(lengths) / (32 * 4096) < 0.45
     assert Case(2, 3, 10, 8).flops() == 4 * 2 * 3 * 100 * 8
     assert Case(1, 1, 65536, 32).memory_allowed() == 65536 * (4 * 2 * 32 + 8 + 4 * 32)
+
+
+def test_random_layouts_have_equally_many_blocks_in_every_row_and_column():
+    for case in SETS["sparse"]:
+        if case.length == 16384:
+            mask = case.blocks.to_mask()[0]
+            assert (mask.sum(0) == case.row_blocks).all() and (mask.sum(1) == case.row_blocks).all()
+            assert case.density == case.row_blocks / (case.length // case.block) and "random 1/" in case.name
+    floors = {(c.block, c.row_blocks): c.floor[0] for c in SETS["sparse"]}
+    assert floors[128, 16] == 0.85 and floors[128, 8] == 0.7 and floors[64, 128] == 0.6
+    assert SETS["flex"][0].density == pytest.approx(0.07, abs=0.01)
+
+
+SPARSE = Case(1, 2, 512, 16, contest="density", layout="random", block=64, row_blocks=2, floor=(0.6, 0.6), aim=(1, 1))
+
+
+@pytest.mark.parametrize("contest", ["density", "flex", "runtime"])
+def test_block_sparse_cases_and_the_runtime_table(contest, tmp_path):
+    case = replace(SPARSE, contest=contest) if contest != "runtime" else Case(1, 2, 512, 16, contest=contest)
+    rule = {"dtype": torch.float32, "device": CPU, "seconds": 0.004, "rounds": 1}
+    report = bench.measure_case(case, methods_of(case, tiled=True), **rule)
+    results = {result.method: result for result in report.results}
+    timed = {"ours (tiled)", {"density": "ours, dense", "flex": "ours, dense", "runtime": "standard"}[contest]}
+    assert all(results[name].status == "timed" for name in timed) and results["ours (cuda)"].status == "failed"
+    if contest == "flex":
+        assert "CUDA GPUs only" in results["FlexAttention"].reason and report.ratios() == (None, None)
+    if contest == "density":
+        dense, ours_ = results["ours, dense"], results["ours (tiled)"]
+        assert report.ratios() == pytest.approx(
+            (dense.forward_ms / ours_.forward_ms / 4, dense.both_ms / ours_.both_ms / 4)
+        )
+        assert dense.error is None and "ours, dense x density 0.25 takes" in table(report)
+    if contest == "runtime":
+        assert results["block-sparse butterfly"].status == "timed" and report.ratios()[0] > 0
+    whole = Report("now", [], {}, {}, [report])
+    write_json(whole, tmp_path / "r.json")
+    assert read_json(tmp_path / "r.json") == whole and case.name in summary(whole.cases)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +348,15 @@ def test_flex_attention_computes_the_same(monkeypatch, packed):
     with torch.no_grad():
         mine, its = ours(inputs, 0.0).forward(), bench_peers._flex(inputs, 0.0).forward()
     torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_takes_the_layout():
+    from torch.nn.attention.flex_attention import BlockMask
+
+    for case in (replace(SPARSE, block=128, row_blocks=2), Case(1, 1, 2000, 8, layout="band")):
+        listed = bench_peers._flex_blocks(case.blocks, BlockMask)
+        assert torch.equal(listed.to_dense()[0, 0] > 0, case.blocks.to_mask()[0])
+        assert listed.BLOCK_SIZE == (128, 128) and (listed.kv_num_blocks == 0).all()
 
 
 @pytest.mark.parametrize("causal", [False, True])
