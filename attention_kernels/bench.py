@@ -23,6 +23,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from attention_kernels import families
 from attention_kernels.bench_cases import SETS, Case, Inputs, make_cases, make_inputs
 from attention_kernels.bench_peers import Call, Method, Unsupported, methods_of, ours
 from attention_kernels.bench_report import (
@@ -249,11 +250,12 @@ def _run(args: argparse.Namespace, command: list[str]) -> Report:
     if args.seconds <= 0 or args.rounds < 1:
         raise ValueError("--seconds must be positive and --rounds at least 1.")
     settings = {"dtype": args.dtype, "seconds": args.seconds, "rounds": args.rounds, "shapes": args.shapes}
+    settings["kernels"] = families.asked()
     date = datetime.now(UTC).isoformat(timespec="seconds")
     report = Report(date, command, describe_machine(device), settings)
     print(", ".join(f"{k} {v}" for k, v in report.environment.items() if v is not None) + "\n", flush=True)
     for case in cases:
-        methods = methods_of(case, args.tiled)
+        methods = _chosen(methods_of(case, args.tiled), args.peers)
         if time.monotonic() - start > args.limit:
             reason = f"--limit {args.limit:g} seconds were over"
             done = CaseReport(case, [Result(m.name, m.group, "not run", reason) for m in methods])
@@ -265,6 +267,12 @@ def _run(args: argparse.Namespace, command: list[str]) -> Report:
         if args.json is not None:
             write_json(report, args.json)
     return report
+
+
+def _chosen(methods: list[Method], peers: str | None) -> list[Method]:
+    """Return ours, and of the peers those whose name contains one of the words; all of them without words."""
+    words = [word.strip().lower() for word in peers.split(",")] if peers is not None else [""]
+    return [m for m in methods if m.group == "ours" or any(word in m.name.lower() for word in words)]
 
 
 class Parser(argparse.ArgumentParser):
@@ -286,6 +294,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--dropout", type=float, help="dropout probability of every case, in place of its own")
     parser.add_argument("--causal", action="store_true", help="time under a causal mask")
     parser.add_argument("--tiled", action="store_true", help="time our PyTorch form too")
+    parser.add_argument("--peers", help="of the peers, time those with one of these words in their names: flash,cudnn")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu; default: a GPU where there is one")
     parser.add_argument("--seconds", type=float, default=0.6, help="timing of a method in a case, about (default 0.6)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")

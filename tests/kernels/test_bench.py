@@ -74,6 +74,14 @@ def test_json_holds_where_and_how_and_comes_back_the_same(run, tmp_path):
     assert read_json(tmp_path / "again.json") == report
 
 
+def test_peers_are_chosen_by_words_of_their_names(capsys, tmp_path):
+    shape = ["--device", "cpu", "--dtype", "float32", "--seconds", "0.01", "--rounds", "1", "--shapes", "1x1x20x8"]
+    bench.main([*shape, "--peers", "math, Varlen", "--tiled", "--json", str(tmp_path / "r.json")])
+    (case,) = read_json(tmp_path / "r.json").cases
+    assert [r.method for r in case.results] == ["ours (cuda)", "ours (tiled)", "SDPA math", "torch varlen"]
+    assert json.loads((tmp_path / "r.json").read_text())["settings"]["kernels"] == "auto"
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 9, "cases": []}'])
 def test_another_file_is_no_result(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
