@@ -1,4 +1,4 @@
-"""compute-sanitizer over the CUDA kernels: every kernel, width and feature on about 30 small calls.
+"""compute-sanitizer over the CUDA kernels: every kernel, width and feature on 42 small calls a family.
 
     python -m tests.gpu.sanitize                       # all four tools, every family that runs here
     python -m tests.gpu.sanitize --tools memcheck
@@ -35,10 +35,11 @@ def calls(family: str) -> int:
     count = 0
     with ak.using("cuda"), ak.cuda_family(family):  # type: ignore[arg-type]
         for head_dim, deterministic in product(HEAD_DIMS, (False, True)):
-            dtype = torch.float16 if count % 4 == 0 else torch.bfloat16
+            dtype = torch.float16 if count % 2 == 0 else torch.bfloat16
             _packed(head_dim, dtype, deterministic)
             _fixed(head_dim, dtype, deterministic)
-            count += 2
+            _sparse(head_dim, dtype, deterministic)
+            count += 3
     torch.cuda.synchronize()
     return count
 
@@ -64,6 +65,19 @@ def _fixed(head_dim: int, dtype: torch.dtype, deterministic: bool) -> None:
     )
     rule = {"key_lengths": lengths, "deterministic": deterministic}
     _differentiate(*ak.flash_attention(q, k, v, return_lse=True, **rule), (q, k, v))
+
+
+def _sparse(head_dim: int, dtype: torch.dtype, deterministic: bool) -> None:
+    """A layout with a block without keys, blocks of 64 and of 128, a tail of rows that belong to nobody."""
+    size = 128 if deterministic else 64
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    mask[0, 1] = mask[1] = mask[2, 0] = False
+    layout = ak.BlockLayout.from_mask(mask, size).to("cuda")
+    offsets = torch.tensor([0, 170, 170, 233], dtype=torch.int32, device="cuda")
+    q, k, v = (_partly(240, [233], head_dim, dtype) for _ in range(3))
+    rule = {"dropout_p": 0.2, "dropout_seed": torch.tensor([1, 2], device="cuda"), "deterministic": deterministic}
+    out, lse = ak.block_sparse_attention_varlen(q, k, v, layout, offsets, 170, return_lse=True, causal=True, **rule)
+    _differentiate(out, lse, (q, k, v))
 
 
 def _partly(rows: int, ends: list[int], head_dim: int, dtype: torch.dtype) -> Tensor:
