@@ -41,6 +41,16 @@ def test_plans_refuse_what_no_kernel_takes() -> None:
         plan("forward", 32, "float32", False)
 
 
+def test_a_build_holds_the_dense_and_the_block_sparse_kernel() -> None:
+    for kernel in LOOPS:
+        dense, sparse = plan(kernel, 40, "float16", True), plan(kernel, 40, "float16", True, sparse=True)
+        assert sparse.entry == f"{dense.entry}_sparse" and sparse.shared_bytes == dense.shared_bytes
+        assert compiler.key(sparse, "80") == compiler.key(dense, "80")
+        source = (compiler.SOURCES / sparse.source).read_text()
+        assert all(f" {one.entry}(const __grid_constant__" in source for one in (dense, sparse))
+    assert not any(one.sparse for one in kernel_plan.all_plans())
+
+
 def test_there_are_at_most_150_variants_and_each_fits_an_a100() -> None:
     plans = kernel_plan.all_plans()
     assert len(set(plans)) == len(plans) <= 150

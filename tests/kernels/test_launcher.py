@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attention_kernels import compiler, cuda_ops, launcher
+from attention_kernels import BlockLayout, compiler, cuda_ops, launcher
 
 real = pytest.importorskip("cuda.bindings.driver")
 
@@ -84,6 +84,39 @@ def test_a_step_launches_four_kernels_over_every_tile_head_and_sample(driver: No
         batch, heads, len_q, len_k, head_dim, _, causal = fields[46:53]
         assert (batch, heads, len_q, len_k, head_dim, causal) == (2, 3, 300, 300, 32, 1)
         assert fields[57:] == pytest.approx((0.5, 0.5 * 1.442695, 1.0))
+
+
+def run_sparse(layout: BlockLayout, deterministic: bool = False) -> None:
+    q = torch.zeros(2, 300, 3, 32, dtype=torch.bfloat16)
+    lists = (layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx, layout.head_to_pattern)
+    rule = (*lists, layout.num_blocks, layout.block_size, None, None, 300, None, 0.0, 0.5, True)
+    out, lse = cuda_ops.sparse_forward(q, q, q, *rule)
+    cuda_ops.sparse_backward(q, q, q, out, lse, q, None, *rule, deterministic)
+
+
+def test_a_layout_goes_to_the_block_sparse_kernels_by_rows_and_by_columns(driver: Notes) -> None:
+    layout = BlockLayout.butterfly(300)
+    run_sparse(layout)
+    run_sparse(layout, deterministic=True)
+    first = ["forward_sparse", "preprocess", "backward_keys_sparse", "postprocess"]
+    second = ["forward_sparse", "preprocess", "backward_queries_sparse", "backward_keys_sparse"]
+    assert [name for name, *_ in driver.launches] == first + second
+    rows = (layout.row_ptr.data_ptr(), layout.col_idx.data_ptr(), layout.head_to_pattern.data_ptr())
+    columns = (layout.col_ptr.data_ptr(), layout.row_idx.data_ptr(), layout.head_to_pattern.data_ptr())
+    for (name, *_), fields in zip(driver.launches, driver.fields, strict=True):
+        assert fields[17:20] == (columns if "keys" in name else rows)
+        assert (fields[45], *fields[53:55]) == (0, 5, 64)
+
+
+def test_heads_with_patterns_of_their_own_are_looked_up(driver: Notes) -> None:
+    patterns = [BlockLayout.local(300, window=0, block_size=128), BlockLayout.dense(300, 128)]
+    run_sparse(BlockLayout.per_head(patterns, [1, 0, 1]))
+    assert all((fields[45], *fields[53:55]) == (1, 3, 128) for fields in driver.fields)
+
+
+def test_dense_calls_have_no_lists(driver: Notes) -> None:
+    run(32)
+    assert all((*fields[17:20], fields[45], *fields[53:55]) == (0,) * 6 for fields in driver.fields)
 
 
 def test_deterministic_and_small_shared_memory_take_the_form_without_atomics(driver: Notes) -> None:
