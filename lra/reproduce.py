@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lra.base.console import info
@@ -158,6 +160,8 @@ def stage_summary(chain: Chain, index: int, num_gpus: int) -> dict[str, Any]:
     config, run = chain.configs[index], RunDir(chain.stage_folder(index))
     result = run.result() or {}
     seconds = {kind: float(result.get(key, 0.0)) for kind, key in TIMES.items()}
+    seconds["compilation"] = start_up_seconds(run)
+    seconds["training"] = max(seconds["training"] - seconds["compilation"], 0.0)
     minutes = {kind: value * num_gpus / 60.0 for kind, value in seconds.items()}
     minutes["total"] = sum(minutes.values())
     finished = result.get("status") == "finished"
@@ -176,6 +180,19 @@ def stage_summary(chain: Chain, index: int, num_gpus: int) -> dict[str, Any]:
 
 
 TIMES = {"training": "train_s", "evaluation": "eval_s", "given_up": "lost_s"}
+
+
+def start_up_seconds(run: RunDir) -> float:
+    """Return the seconds of training that went into compiling and recording rather than into steps.
+
+    Windows of the log that took more than twice the median one count with what they took beyond it.
+    """
+    ends = [(record["step"], record["train_s"]) for record in run.metrics() if record["kind"] == "train"]
+    spans = [(s1 - s0, t1 - t0) for (s0, t0), (s1, t1) in pairwise([(0, 0.0), *ends]) if s1 > s0]
+    if len(spans) < 3:
+        return 0.0
+    usual = median(seconds / steps for steps, seconds in spans)
+    return sum(seconds - steps * usual for steps, seconds in spans if seconds > 2 * steps * usual)
 
 
 def validation_curve(run: RunDir, num_gpus: int) -> list[dict[str, float]]:

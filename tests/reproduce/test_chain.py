@@ -107,6 +107,16 @@ def test_a_chain_broken_off_and_moved_is_the_undisturbed_one(
     assert last_loss(tmp_path / "elsewhere") == last_loss(tmp_path / "whole")
 
 
+def test_compiling_is_told_apart_from_steps(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert reproduce.start_up_seconds(run) == 0.0
+    # Steps of 0.1 s; 30 s before the first line, and 5 s more after a resume between steps 40 and 50.
+    times = {10: 31.0, 20: 32.0, 30: 33.0, 40: 34.0, 50: 40.0, 60: 41.0}
+    for step, train_s in times.items():
+        run.log({"kind": "train", "step": step, "train_s": train_s})
+    assert reproduce.start_up_seconds(run) == pytest.approx(35.0)
+
+
 def test_time_that_is_over_stops_before_the_next_stage(chain_file: Path, sets: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run_chain(load(chain_file, sets, tmp_path / "c"), 1e-9)
