@@ -8,7 +8,7 @@ A new fault is a line here: its text must stand in its file exactly once (tests/
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -17,9 +17,14 @@ import attention_kernels as ak
 from attention_kernels import compiler, families, kernel_plan
 from tests.gpu.cases import Case, Guard, Rule, compare, formula, ours
 from tests.gpu.random_cases import Drawn, make
+from tests.gpu.sparse_cases import Pattern, make_layout, make_sparse
 
 NOTHING, NOTICED, NOT_BUILT = 0, 1, 5
 REPEATS = 6
+
+
+# The cases that look for a fault: dense ones; rows so far apart that offsets need more than 31 bits (7 GB); a layout.
+Where = Literal["near", "far", "sparse"]
 
 
 class Fault(NamedTuple):
@@ -32,12 +37,13 @@ class Fault(NamedTuple):
     family: families.Family = "generic"
     head_dim: int = 32
     dtype: str = "bfloat16"
-    far: bool = False  # needs offsets beyond 31 bits: 7 GB
+    where: Where = "near"
 
 
 _SOFTMAX, _FORWARD, _PREPROCESS = "common/softmax.cuh", "generic_forward.cu", "generic_preprocess.cu"
 _KEYS, _QUERIES, _POSTPROCESS = "generic_backward_keys.cu", "generic_backward_queries.cu", "generic_postprocess.cu"
 _PHILOX, _TILES, _TYPES = "common/philox.cuh", "common/tiles.cuh", "common/types.cuh"
+_WALK = "common/walk.cuh"
 
 _HOPPER_FORWARD, _HOPPER_BACKWARD, _WARPGROUPS = "hopper_forward.cu", "hopper_backward.cu", "common/warpgroups.cuh"
 
@@ -101,9 +107,37 @@ _GENERIC = [
         _TILES,
         "from = base + (i64)(first + row) * row_stride + chunk * 8;",
         "from = base + (int)((first + row) * row_stride) + chunk * 8;",
-        far=True,
+        where="far",
     ),
-    Fault("offset of a sequence in 32 bits", _TYPES, "start * s.row +", "(int)(start * s.row) +", far=True),
+    Fault("offset of a sequence in 32 bits", _TYPES, "start * s.row +", "(int)(start * s.row) +", where="far"),
+    Fault(
+        "block-sparse: causal rows begin a block too late",
+        _WALK,
+        "entries[middle] < wanted",
+        "entries[middle] <= wanted",
+        where="sparse",
+    ),
+    Fault(
+        "block-sparse: every head follows the first's pattern",
+        _WALK,
+        "p.head_to_pattern[w.head * p.pattern_stride]",
+        "p.head_to_pattern[0]",
+        where="sparse",
+    ),
+    Fault(
+        "block-sparse: the last block of a list is left out",
+        _WALK,
+        "if (at[s] >= end[s])",
+        "if (at[s] + 1 >= end[s])",
+        where="sparse",
+    ),
+    Fault(
+        "block-sparse: dS of another stage is added to dQ",
+        _KEYS,
+        "from = step.who & 1 ? 0 : STRETCH",
+        "from = 0",
+        where="sparse",
+    ),
 ]
 
 _HOPPER = [
@@ -120,7 +154,7 @@ _HOPPER = [
         "if (w.tail) empty_rows(p, w);",
         "if (w.tail) continue;",
     ),
-    Fault("forward: one dropout mask for all columns of a step", _HOPPER_FORWARD, "column_tile + n / 4", "column_tile"),
+    Fault("forward: one dropout mask for all columns of a step", _HOPPER_FORWARD, " + n / 4);", ");"),
     Fault(
         "backward: mask off by one", _HOPPER_BACKWARD, "if (8 * n + e < first_seen)", "if (8 * n + e + 1 < first_seen)"
     ),
@@ -160,7 +194,7 @@ _HOPPER = [
         _WARPGROUPS,
         "from = base + (i64)(first + row) * row_stride + chunk * 8;",
         "from = base + (int)((first + row) * row_stride) + chunk * 8;",
-        far=True,
+        where="far",
     ),
 ]
 
@@ -173,14 +207,18 @@ FAULTS = [
 ]
 
 
-def battery(head_dim: int, dtype: torch.dtype, far: bool) -> list[Drawn]:
+def battery(head_dim: int, dtype: torch.dtype, where: Where) -> list[Drawn]:
     """Return the few cases that look at every feature of the kernels."""
     common = {"head_dim": head_dim, "dtype": dtype}
-    if far:
+    if where == "far":
         layouts = ("plain", "far rows", "plain", "plain")
         return [Drawn(9, "packed", (40, 30), (132, 70), layouts=layouts, rule=Rule(dropout_p=0.2), **common)]
-    dropped, causal = Rule(dropout_p=0.2), Rule(causal=True)
-    both = Rule(causal=True, dropout_p=0.2)
+    dropped, causal, both = Rule(dropout_p=0.2), Rule(causal=True), Rule(causal=True, dropout_p=0.2)
+    if where == "sparse":
+        return [
+            Drawn(1, "packed", (300, 0, 65, 400), (300, 0, 65, 400), tail=(7, 7), heads=3, rule=both, **common),
+            Drawn(2, "key_lengths", (700,) * 2, (700,) * 2, (700, 333), heads=3, **common),
+        ]
     return [
         Drawn(1, "packed", (200, 0, 65, 40), (140, 5, 65, 0), tail=(7, 130), rule=both, **common),
         Drawn(2, "key_lengths", (100,) * 3, (333,) * 3, (333, 150, 0), **common),
@@ -198,15 +236,24 @@ def _growing(case: Case) -> Case:
     return case._replace(tensors=[q.abs(), (k.abs() * ramp).to(k.dtype), v, dout])
 
 
-def detect(family: families.Family, head_dim: int, dtype: torch.dtype, far: bool, guard: Guard) -> list[str]:
+def make_cases(head_dim: int, dtype: torch.dtype, where: Where) -> list[tuple[Drawn, Case]]:
+    """Return the battery with its tensors, layouts with blocks of 64 where asked for."""
+    drawn = battery(head_dim, dtype, where)
+    if where == "sparse":
+        pattern = Pattern("per head", 64, 1, 0.5, 1)
+        return [(one, make_sparse(one, make_layout(pattern, max(one.q_lengths), 3, one.number))) for one in drawn]
+    work = [(one, make(one)) for one in drawn]
+    if where == "near":
+        one = Drawn(7, "fixed", (260,), (700,), head_dim=head_dim, dtype=dtype)
+        work.append((one, _growing(make(one))))
+    return work
+
+
+def detect(family: families.Family, head_dim: int, dtype: torch.dtype, where: Where, guard: Guard) -> list[str]:
     """Return what is wrong with the kernels as they are built from the package's sources."""
     wrong: list[str] = []
-    drawn = battery(head_dim, dtype, far)
-    work = [(one, make(one), one.rule) for one in drawn]
-    if not far:
-        one = Drawn(7, "fixed", (260,), (700,), head_dim=head_dim, dtype=dtype)
-        work.append((one, _growing(make(one)), one.rule))
-    for one, case, rule in work:
+    for one, case in make_cases(head_dim, dtype, where):
+        rule = one.rule
         exact, plain = formula(case, torch.float64, rule), formula(case, dtype, rule)
         for deterministic in (False, True):
             with ak.cuda_family(family):
@@ -230,7 +277,7 @@ def build(family: families.Family, head_dim: int, dtype: str, arch: str) -> None
         list(pool.map(lambda plan: compiler.build(plan, arch), plans))
 
 
-def main(family: families.Family, head_dim: int, dtype: str, place: str) -> int:
+def main(family: families.Family, head_dim: int, dtype: str, where: Where) -> int:
     """Print what was noticed; NOTICED, NOTHING, or NOT_BUILT."""
     major, minor = torch.cuda.get_device_capability()
     try:
@@ -240,7 +287,7 @@ def main(family: families.Family, head_dim: int, dtype: str, place: str) -> int:
         return NOT_BUILT
     try:
         with pytest.MonkeyPatch.context() as monkeypatch, ak.using("cuda"):
-            wrong = detect(family, head_dim, getattr(torch, dtype), place == "far", Guard(monkeypatch))
+            wrong = detect(family, head_dim, getattr(torch, dtype), where, Guard(monkeypatch))
     except RuntimeError as error:  # The GPU refused an access, or to go on after one.
         wrong = [f"{type(error).__name__}: {error}".splitlines()[0]]
     print("\n".join(wrong))

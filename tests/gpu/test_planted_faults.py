@@ -35,8 +35,7 @@ def judge(fault: Fault, folder: Path) -> tuple[int, str]:
     plant(fault, folder)
     paths = os.pathsep.join([str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "ATTENTION_KERNELS_CACHE": str(folder / "cache")}
-    command = [sys.executable, "-m", "tests.gpu.faults", fault.family, str(fault.head_dim), fault.dtype]
-    command.append("far" if fault.far else "near")
+    command = [sys.executable, "-m", "tests.gpu.faults", fault.family, str(fault.head_dim), fault.dtype, fault.where]
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANGS_AFTER_S, check=False
