@@ -74,10 +74,11 @@ class BlockLayout:
     @classmethod
     def from_mask(cls, block_mask: Tensor, block_size: int) -> "BlockLayout":
         """Take a boolean mask over blocks, (rows, columns) or (patterns, rows, columns); head p follows pattern p."""
-        if block_mask.dtype != torch.bool or block_mask.dim() not in (2, 3):
+        if not isinstance(block_mask, Tensor) or block_mask.dtype != torch.bool or block_mask.dim() not in (2, 3):
+            is_tensor = isinstance(block_mask, Tensor)
+            shown = f"{block_mask.dtype} {tuple(block_mask.shape)}" if is_tensor else type(block_mask).__name__
             raise ValueError(
-                "block_mask must be bool of shape (rows, columns) or (patterns, rows, columns), "
-                f"got {block_mask.dtype} {tuple(block_mask.shape)}."
+                f"block_mask must be bool of shape (rows, columns) or (patterns, rows, columns), got {shown}."
             )
         mask = block_mask[None] if block_mask.dim() == 2 else block_mask
         num_patterns, num, num_columns = mask.shape

@@ -143,6 +143,7 @@ BAD = [
     (lambda: BlockLayout.stripes(100, 0), "stride"),
     (lambda: BlockLayout.from_mask(torch.ones(2, 3, dtype=torch.bool), 64), "block_mask"),
     (lambda: BlockLayout.from_mask(torch.ones(2, 2), 64), "block_mask"),
+    (lambda: BlockLayout.from_mask([[True]], 64), "block_mask must be bool .* got list"),
     (lambda: BlockLayout.from_mask(torch.ones(0, 2, 2, dtype=torch.bool), 64), "block_mask"),
     (lambda: BlockLayout.per_head([], [0]), "layouts"),
     (lambda: BlockLayout.per_head([BlockLayout.dense(64)], [1]), "head_to_pattern"),
