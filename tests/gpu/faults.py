@@ -6,6 +6,7 @@ A new fault is a line here: its text must stand in its file exactly once (tests/
     python -m tests.gpu.faults generic 32 bfloat16 near
 """
 
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
@@ -19,7 +20,8 @@ from tests.gpu.cases import Case, Guard, Rule, compare, formula, ours
 from tests.gpu.random_cases import Drawn, make
 from tests.gpu.sparse_cases import Pattern, make_layout, make_sparse
 
-NOTHING, NOTICED, NOT_BUILT = 0, 1, 5
+# Exit statuses; none is 1, which is Python's own for what went wrong elsewhere.
+NOTHING, NOTICED, NOT_BUILT = 0, 3, 5
 REPEATS = 6
 
 
@@ -295,4 +297,7 @@ def main(family: families.Family, head_dim: int, dtype: str, where: Where) -> in
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]))  # type: ignore[arg-type]
+    status = main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])  # type: ignore[arg-type]
+    sys.stdout.flush()
+    # Why not sys.exit: after an illegal access what torch tidies up on the GPU aborts.
+    os._exit(status)

@@ -15,7 +15,7 @@ import pytest
 
 from attention_kernels import compiler
 from tests.gpu.cases import FAMILIES_HERE
-from tests.gpu.faults import FAULTS, NOT_BUILT, NOTHING, NOTICED, Fault
+from tests.gpu.faults import FAULTS, NOTHING, NOTICED, Fault
 
 REPOSITORY = Path(__file__).parents[2]
 HANGS_AFTER_S = 90
@@ -42,6 +42,8 @@ def judge(fault: Fault, folder: Path) -> tuple[int, str]:
         )
     except subprocess.TimeoutExpired:
         return NOTICED, f"still running after {HANGS_AFTER_S} s"
+    if done.returncode < 0:
+        return NOTICED, f"ended by signal {-done.returncode}"
     return done.returncode, done.stdout.strip() or done.stderr.strip()[-2000:]
 
 
@@ -67,6 +69,3 @@ def test_eleven_of_twelve_faults_are_noticed(family: str, tmp_path: Path) -> Non
             survived.append(fault.what)
     planted = sum(fault.what != "none" for fault in faults)
     assert planted >= 12 and 12 * len(survived) <= planted, f"not noticed, of {planted}: {survived}"
-
-
-assert NOT_BUILT not in (NOTHING, NOTICED)
