@@ -92,7 +92,7 @@ def examples(case: Case, batch: int, length: int, seed: int = 0) -> tuple[np.nda
     if case.lengths == "listops":
         return _listops(task, count, length, seed)
     if case.lengths == "images" and task.fresh is not None:
-        pixels, _ = task.fresh(task.options(name=task.name), 1, torch.device("cpu"))(0, count)
+        pixels, _ = task.fresh([task.options(name=task.name)], 1, torch.device("cpu"))(0, count)
         images = np.ascontiguousarray(pixels.numpy()[:, :length])
         return images.reshape(-1), np.full(count, images.shape[1], np.int64)
     lengths = np.full(count, length, np.int64)

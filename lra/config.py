@@ -51,6 +51,8 @@ class DataConfig(Section):
     """Training on square images: one of the 8 flips and quarter turns for each image and step (open track)."""
     fresh: bool = False
     """Training on generated images only: every step draws new ones from the task's generator (open track)."""
+    fresh_lengths: list[Positive] = Field(default_factory=list)
+    """fresh: contour lengths of the new Pathfinder images, in turn; empty: the task's own."""
 
 
 class ModelConfig(Section):
@@ -306,6 +308,8 @@ class RunConfig(Section):
     def _fits_images(self, task: tasks.Task) -> None:
         """Check the options that act on whole images in training."""
         data = self.data
+        if data.fresh_lengths and not data.fresh:
+            raise ValueError("data.fresh_lengths are those of fresh images; add data.fresh=true")
         asked = [name for name in ("keep_tokens", "dihedral", "fresh") if getattr(data, name)]
         if not asked:
             return

@@ -86,10 +86,10 @@ def image_batches(config: RunConfig, batches: TrainBatches, side: int, world: Wo
     images: SetImages | FreshImages
     make = get(config.task.name).fresh
     if config.data.fresh and make is not None:
+        lengths = config.data.fresh_lengths
+        laws = [config.task.model_copy(update={"contour_length": n}) for n in lengths] or [config.task]
         # 31 bits are what the generator takes as a seed.
-        images = FreshImages(
-            make(config.task, torch_seed(config.seed, "fresh") >> 32, world.device), batches.batch_size
-        )
+        images = FreshImages(make(laws, torch_seed(config.seed, "fresh") >> 32, world.device), batches.batch_size)
     else:
         images = SetImages(batches, world.device)
     return ImageBatches(

@@ -6,7 +6,7 @@ S4, MEGA and fly: metadata files by number, lines as they stand. Facts: lra_spec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -143,11 +143,34 @@ def draw(options: TaskOptions, out_png: Path, *, resolution: int) -> None:
     show_pathfinder(out_png, resolutions=[resolution], pairs=3, **knobs)
 
 
-def fresh(options: TaskOptions, seed: int, device: torch.device, *, resolution: int) -> FreshDrawer:
-    """Return a drawer of images that are in no set of `options`: on the GPU if numba-cuda is there, else by threads.
+def fresh(laws: Sequence[TaskOptions], seed: int, device: torch.device, *, resolution: int) -> FreshDrawer:
+    """Return a drawer of images that are in no set of these options: image i has law i mod len(laws)."""
+    drawers = [_fresh_of_one(options, seed, device, resolution) for options in laws]
+    return drawers[0] if len(drawers) == 1 else interleaved(drawers)
 
-    The images of a (seed, index) are the same bytes on both.
-    """
+
+def interleaved(drawers: Sequence[FreshDrawer]) -> FreshDrawer:
+    """Return the drawer whose image i is image i // n of drawer i mod n."""
+
+    def draw(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        n, images, labels = len(drawers), None, None
+        for j, drawer in enumerate(drawers):
+            first, stop = -(-(start - j) // n), -(-(start + count - j) // n)
+            if stop == first:
+                continue
+            some, marks = drawer(first, stop - first)
+            if images is None or labels is None:
+                images, labels = some.new_empty((count, some.shape[1])), marks.new_empty(count)
+            places = slice(first * n + j - start, count, n)
+            images[places], labels[places] = some, marks
+        assert images is not None and labels is not None
+        return images, labels
+
+    return draw
+
+
+def _fresh_of_one(options: TaskOptions, seed: int, device: torch.device, resolution: int) -> FreshDrawer:
+    """Draw on the GPU if numba-cuda is there, else by threads: the same bytes."""
     import torch
 
     from tasks.generate_pathfinder import fresh as draw_on_cpu
@@ -155,26 +178,17 @@ def fresh(options: TaskOptions, seed: int, device: torch.device, *, resolution: 
     from tasks.pathfinder_law import pathfinder_law
 
     assert isinstance(options, PathfinderOptions)
-    law = (resolution, options.contour_length, options.num_distractors, options.match_contrast)
+    law = options.model_dump(include={"contour_length", "num_distractors", "match_contrast"})
     seed += seed == options.seed  # the set's own images are for testing
     if device.type == "cuda":
         try:
-            gpu = GpuGenerator(pathfinder_law(*law))
+            gpu = GpuGenerator(pathfinder_law(resolution, **law))
             return lambda start, count: gpu.draw(seed, start, count).tensors()
         except ConfigError as e:
             console.info(f"Fresh images are drawn by the CPU's threads: {e.cause}")
 
     def on_threads(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        resolution, contour_length, num_distractors, match_contrast = law
-        images, labels = draw_on_cpu(
-            resolution,
-            contour_length,
-            num_distractors=num_distractors,
-            match_contrast=match_contrast,
-            seed=seed,
-            start=start,
-            count=count,
-        )
+        images, labels = draw_on_cpu(resolution, **law, seed=seed, start=start, count=count)
         return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device, torch.int64)
 
     return on_threads

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -85,7 +85,8 @@ class Task:
     DataError; it is None for tasks that are only generated. `build(options, source, writer)` fills the cache; a
     `resumable` one fills a reserved block in order and goes on where a killed build stopped.
     `draw(options, file)` saves a picture that shows more than the tokens do.
-    `fresh(options, seed, device)` returns a drawer of new examples, the same for the same seed and indices.
+    `fresh(laws, seed, device)` returns a drawer of new examples, of one law after the other in turn; the same for the
+    same seed and numbers.
     `write_release(options, folder)` writes generated data as the official files instead and returns their folder.
     """
 
@@ -107,7 +108,7 @@ class Task:
     resumable: bool = False
     write_release: Callable[[TaskOptions, Path], Path] | None = None
     draw: Callable[[TaskOptions, Path], None] | None = None
-    fresh: Callable[[TaskOptions, int, torch.device], FreshDrawer] | None = None
+    fresh: Callable[[Sequence[TaskOptions], int, torch.device], FreshDrawer] | None = None
     class_names: tuple[str, ...] = ()
     token_names: tuple[str, ...] = ()
     version: int = 1

@@ -143,7 +143,7 @@ def test_the_generator_draws_images_that_are_in_no_set() -> None:
     task = get("path64")
     assert task.fresh is not None
     options = task.options(name="path64", contour_length=6, seed=5, count=10)
-    images, labels = task.fresh(options, 5, CPU)(0, 4)
+    images, labels = task.fresh([options], 5, CPU)(0, 4)
     from tasks.generate_pathfinder import fresh
 
     of_the_set, _ = fresh(64, 6, seed=5, count=4)
@@ -151,3 +151,18 @@ def test_the_generator_draws_images_that_are_in_no_set() -> None:
     assert images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert np.array_equal(images.numpy(), drawn) and labels.tolist() == drawn_labels.tolist()
     assert not np.array_equal(images.numpy(), of_the_set)
+
+
+def test_laws_take_turns_whatever_the_range() -> None:
+    task = get("path64")
+    assert task.fresh is not None
+    laws = [task.options(name="path64", contour_length=n) for n in (6, 7, 5)]
+    from tasks.generate_pathfinder import fresh
+
+    alone = [fresh(64, n, seed=9, count=6)[0] for n in (6, 7, 5)]
+    draw = task.fresh(laws, 9, CPU)
+    for start, count in ((0, 12), (4, 5), (7, 1), (11, 2)):
+        images, labels = draw(start, count)
+        assert len(labels) == count
+        for i, image in enumerate(images.numpy(), start):
+            assert np.array_equal(image, alone[i % 3][i // 3])
