@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import os
 import shutil
+import sys
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -123,9 +125,22 @@ def _train_and_test(config: RunConfig, run: RunDir, world: World, stop: StopRequ
     return result
 
 
+def forget_earlier_runs(world: World) -> None:
+    """Free what a run before this one in the same process (a chain's stage, a stuck attempt) has left behind.
+
+    Compiled code counts by function and not by model: without this a chain meets the compiler's limit of versions.
+    """
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def train_to_the_end(config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRequest) -> Learner:
     """Train, beginning again with another seed where the recipe's rule says that the run is stuck."""
     while True:
+        forget_earlier_runs(world)
         try:
             return train(attempt_config(config, len(attempts(run))), data, run, world, stop)
         except StuckError as e:
