@@ -7,8 +7,8 @@ import gc
 import io
 import os
 import shutil
-import sys
 import statistics
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
