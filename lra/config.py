@@ -49,6 +49,13 @@ class DataConfig(Section):
     """keep_tokens: the byte from which on a pixel counts as foreground."""
     dihedral: bool = False
     """Training on square images: one of the 8 flips and quarter turns for each image and step (open track)."""
+    mirror: bool = False
+    """Training on square images: left and right are exchanged in half of them (open track)."""
+    shift: int = Field(default=0, ge=0, le=32)
+    """Training on square images: each is moved by up to so many pixels in either direction, black coming in (open
+    track)."""
+    shuffle_operands: bool = False
+    """Training on ListOps: the operands of every operator come in random order, which changes no value (open track)."""
     fresh: bool = False
     """Training on generated images only: every step draws new ones from the task's generator (open track)."""
     fresh_lengths: list[Positive] = Field(default_factory=list)
@@ -181,6 +188,17 @@ class RestartConfig(Section):
     """Restarts at most; the attempt after them goes on to the end whatever its loss."""
 
 
+class DenoiseConfig(Section):
+    """Guessing hidden tokens beside classifying (lra/objective.py)."""
+
+    rate: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the tokens that are hidden at first."""
+    weight: float = Field(default=1.0, gt=0)
+    """Factor of the guesses' cross-entropy in the loss at first."""
+    until: float = Field(default=1.0, gt=0, le=1)
+    """Share of all steps over which both fall linearly to 0."""
+
+
 class TrainConfig(Section):
     """How the weights are found."""
 
@@ -207,6 +225,10 @@ class TrainConfig(Section):
     """Decoupled, times the learning rate, on every parameter (as flax Adam in LRA)."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest global gradient norm; null: no clipping."""
+    label_smoothing: Probability = 0.0
+    """Share of the target that is spread evenly over all classes."""
+    denoise: DenoiseConfig | None = None
+    """Guess hidden tokens of the training examples beside classifying them; null: do not."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, which is then what is evaluated; null: none."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -306,11 +328,16 @@ class RunConfig(Section):
         return self
 
     def _fits_images(self, task: tasks.Task) -> None:
-        """Check the options that act on whole images in training."""
+        """Check the options that change training examples, most of them whole images."""
         data = self.data
         if data.fresh_lengths and not data.fresh:
             raise ValueError("data.fresh_lengths are those of fresh images; add data.fresh=true")
-        asked = [name for name in ("keep_tokens", "dihedral", "fresh") if getattr(data, name)]
+        if data.shuffle_operands and task.shuffle is None:
+            raise ValueError(f"data.shuffle_operands means nothing to {task.name}, which has no operators")
+        for name in ("dihedral", "mirror", "shift", "fresh", "shuffle_operands"):
+            if getattr(data, name) and self.track != "open":
+                raise ValueError(f"data.{name} belongs to the open track; set track=open")
+        asked = [name for name in ("keep_tokens", "dihedral", "mirror", "shift", "fresh") if getattr(data, name)]
         if not asked:
             return
         if task.grid is None or task.grid[0] != task.grid[1]:
@@ -320,10 +347,6 @@ class RunConfig(Section):
         if data.black_pixels != "token" or self.max_length != task.max_length:
             raise ValueError(
                 f"data.{asked[0]} works on whole images: it needs data.black_pixels=token and no max_length"
-            )
-        if self.track != "open" and (data.dihedral or data.fresh):
-            raise ValueError(
-                f"data.{'dihedral' if data.dihedral else 'fresh'} belongs to the open track; set track=open"
             )
         if data.keep_tokens and self.attention.backend == "block_sparse":
             raise ValueError(

@@ -68,6 +68,7 @@ def make_batches(config: RunConfig, data: Data, world: World) -> TrainBatches | 
         world=world.size,
         accumulate=train.accumulate,
         rounding=world.device.type == "cuda",
+        shuffle=get(config.task.name).shuffle if config.data.shuffle_operands else None,
     )
     side = side_of_whole_images(config)
     return batches if side is None else image_batches(config, batches, side, world)
@@ -101,6 +102,8 @@ def image_batches(config: RunConfig, batches: TrainBatches, side: int, world: Wo
         keep_tokens=config.data.keep_tokens,
         foreground=config.data.foreground,
         dihedral=config.data.dihedral,
+        mirror=config.data.mirror,
+        shift=config.data.shift,
         cls=config.model.pooling == "cls",
         rank=world.rank,
         world=world.size,

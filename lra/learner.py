@@ -23,6 +23,7 @@ from lra.ema import Ema
 from lra.graphs import Graphs
 from lra.memory import available_bytes, estimate
 from lra.model import Classifier, num_parameters
+from lra.objective import Objective
 from lra.optim import make_optimizer
 from lra.recipes import fingerprint
 from lra.run_dir import RunDir, Stopwatch
@@ -72,12 +73,14 @@ class Learner:
     """Everything that one optimizer step changes, and how far it is."""
 
     model: Classifier
+    objective: Objective
     forward: Callable[[Batch], Tensor]
+    """The objective, perhaps compiled and replicated: the loss of a batch."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Ema | None
     predict: Callable[[Batch], Tensor]
-    """As `forward`, for evaluation: never exchanges anything with other processes."""
+    """The model, perhaps compiled: the logits of a batch. Never exchanges anything with other processes."""
     gate: Gate | None = None
     """None: the host reads every step's numbers before the update."""
     graphs: Graphs | None = None
@@ -102,15 +105,16 @@ def make_learner(config: RunConfig, world: World) -> Learner:
     model = Classifier(config).to(world.device)
     if config.train.start_from is not None:
         begin_with(model, Path(config.train.start_from), config)
-    wrapped: nn.Module = model
+    objective = Objective(model, config.train).to(world.device)
+    wrapped: nn.Module = objective
     if world.size > 1:
-        wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(objective, device_ids=[world.device] if world.device.type == "cuda" else None)
     compiles, traced_whole = wants_compile(config, world.device), backend_class(config.attention.backend).static
-    forward = compiled(wrapped, traced_whole) if compiles else wrapped
     learner = Learner(
         model=model,
-        forward=forward,
-        predict=forward if wrapped is model else compiled(model, traced_whole) if compiles else model,
+        objective=objective,
+        forward=compiled(wrapped, traced_whole) if compiles else wrapped,
+        predict=compiled(model, traced_whole) if compiles else model,
         optimizer=make_optimizer(model, config.train),
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16"),
         ema=None if config.train.ema is None else Ema(model, config.train.ema),
@@ -143,7 +147,7 @@ def wants_graphs(config: RunConfig, world: World, num_parameters: int) -> bool:
 
 
 def compiled(module: nn.Module, traced_whole: bool) -> Callable[[Batch], Tensor]:
-    """Return the compiled forward, one code for every number of rows where lengths vary.
+    """Return the module's compiled form, one code for every number of rows where lengths vary.
 
     `traced_whole`: raise where anything in it cannot be traced, instead of running that part plainly.
     """
@@ -152,8 +156,8 @@ def compiled(module: nn.Module, traced_whole: bool) -> Callable[[Batch], Tensor]
     def run(batch: Batch) -> Tensor:
         for tensor in rows_that_vary(batch):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        logits: Tensor = forward(batch)
-        return logits
+        result: Tensor = forward(batch)
+        return result
 
     return run
 

@@ -29,6 +29,7 @@ from lra.positions import (
 from tasks.batches import Batch
 from tasks.registry import Task, get
 
+NUM_BYTES = 256
 Turn = tuple[Tensor, Tensor]
 """Cosine and sine of rotary positions, each (T, 1, D/2) float32."""
 
@@ -133,6 +134,20 @@ class Embed(nn.Module):
         return self.table(tokens_T.to(torch.int64) + self.shift)
 
 
+class Denoiser(nn.Module):
+    """Guesses hidden tokens: `mask` stands in for their vectors, one linear layer gives the guess."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.empty(width).normal_(std=0.02))
+        self.guess = nn.Linear(width, vocab_size)
+
+    def forward(self, x_TE: Tensor, tokens_T: Tensor, hidden_T: Tensor) -> Tensor:
+        """Return the mean cross-entropy over the hidden rows, 0 if there are none."""
+        losses_T = F.cross_entropy(self.guess(x_TE).float(), tokens_T.to(torch.int64), reduction="none")
+        return torch.where(hidden_T, losses_T, 0.0).sum() / hidden_T.sum().clamp(min=1)
+
+
 class Classifier(nn.Module):
     """Encoder, pooling and head; takes a Batch, gives logits."""
 
@@ -159,6 +174,8 @@ class Classifier(nn.Module):
         self.final_norm = make_norm(model)
         self.pool = Pool(model.pooling, model.width, config.padded_length)
         self.head = make_head(model, task)
+        # Guesses bytes as they are stored, before any shift of the task: 256 classes at most.
+        self.denoiser = None if config.train.denoise is None else Denoiser(model.width, NUM_BYTES)
         self.reset_parameters(model)
 
     def reset_parameters(self, model: ModelConfig) -> None:
@@ -197,10 +214,19 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return float32 logits (B, C)."""
+        return self.classify(*self.encode(batch))
+
+    def encode(self, batch: Batch, hidden_T: Tensor | None = None) -> tuple[Tensor, Packed]:
+        """Return every row's vector (T, E) after the last norm, and where the sequences lie.
+
+        hidden_T (boolean) are rows whose token the encoder must not see.
+        """
         packed = pack_info(batch.cu_seqlens, batch.max_length, batch.tokens_T.shape[0], uniform=batch.uniform)
         keys = key_rows(batch.keys)
         positions_T = batch.positions_T.to(torch.int64)
         x_TE = self.embed(batch.tokens_T)
+        if hidden_T is not None and self.denoiser is not None:
+            x_TE = torch.where(hidden_T[:, None], self.denoiser.mask.to(x_TE.dtype), x_TE)
         if self.has_cls:
             last_S = packed.cu_seqlens[1:].to(torch.int64) - 1
             x_TE = x_TE.index_copy(0, last_S, self.cls.to(x_TE.dtype).expand(last_S.shape[0], -1))
@@ -213,8 +239,17 @@ class Classifier(nn.Module):
         seeds = torch.randint(-(2**62), 2**62, (len(self.layers), 2), device=x_TE.device)
         for layer, seed in zip(self.layers, seeds, strict=True):
             x_TE = layer(x_TE, packed, keys, turn, seed)
-        pooled_SE = self.pool(self.final_norm(x_TE), packed)
-        return self.head(self.join_documents(pooled_SE)).float()
+        return self.final_norm(x_TE), packed
+
+    def classify(self, x_TE: Tensor, packed: Packed) -> Tensor:
+        """Return float32 logits (B, C) from what `encode` gave."""
+        return self.head(self.join_documents(self.pool(x_TE, packed))).float()
+
+    def denoising_loss(self, x_TE: Tensor, tokens_T: Tensor, hidden_T: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the hidden tokens, guessed from what `encode` gave."""
+        if self.denoiser is None:
+            raise ValueError("The model was built without train.denoise.")
+        return self.denoiser(x_TE, tokens_T, hidden_T)
 
     def turn(self, positions_T: Tensor) -> Turn | None:
         """Return the rotation of queries and keys; the CLS row is not turned."""

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,6 +59,7 @@ def update(learner: Learner, config: RunConfig, micro_batches: list[Batch], worl
     """
     torch.manual_seed(torch_seed(config.seed, "step", learner.step, world.rank))
     set_learning_rate(learner.optimizer, learning_rate(learner.step, config.train))
+    learner.objective.begin(learner.step)
     if learner.gate is None:
         values = update_after_reading(learner, config, micro_batches, world, run)
         numbers = Numbers(learner.step, micro_batches, values, None)
@@ -124,7 +124,7 @@ def add_gradients(learner: Learner, config: RunConfig, micro_batches: list[Batch
         batch = batch.to(world.device)
         with sync_gradients(learner.forward, i == len(micro_batches) - 1):
             with autocast(config, world.device):
-                loss = F.cross_entropy(learner.forward(batch), batch.labels_B) / len(micro_batches)
+                loss = learner.forward(batch) / len(micro_batches)
             learner.scaler.scale(loss).backward()
         total_loss += loss.detach()
     return total_loss
@@ -162,6 +162,7 @@ def check_arrived(
     if learner.ema is not None:
         learner.ema.num_updates = min(learner.ema.num_updates, numbers.step)
     torch.manual_seed(torch_seed(config.seed, "step", learner.step, world.rank))
+    learner.objective.begin(learner.step)
     learner.optimizer.zero_grad(set_to_none=True)
     add_gradients(learner, config, numbers.micro_batches, world)
     check_finite(learner, config, loss, grad_norm, run, world)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lra.base.errors import ConfigError
-from lra.base.seeds import generator
+from lra.base.seeds import generator, torch_seed
 from tasks.cache import Cache
 from tasks.prefetch import prefetch
 
@@ -217,7 +217,7 @@ class TrainBatches:
 
     `batch_size` is the whole batch of an optimizer step. Each rank takes a consecutive piece of it and each
     micro-batch a consecutive piece of that; the last, incomplete batch of an epoch is left out. `rounding` gives the
-    packed buffers one of few sizes (`rounded`).
+    packed buffers one of few sizes (`rounded`). `shuffle` is the task's (tasks/registry.py).
     """
 
     def __init__(
@@ -234,6 +234,7 @@ class TrainBatches:
         world: int = 1,
         accumulate: int = 1,
         rounding: bool = False,
+        shuffle: Callable[[np.ndarray, np.ndarray, int], None] | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % (world * accumulate):
             raise ConfigError(
@@ -249,7 +250,7 @@ class TrainBatches:
         self.batch_size, self.seed, self.max_length = batch_size, seed, max_length
         self.cls, self.black_pixels = cls, black_pixels
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.rounding = rounding
+        self.rounding, self.shuffle = rounding, shuffle
         self.steps_per_epoch = len(indices) // batch_size
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
@@ -272,6 +273,14 @@ class TrainBatches:
             collate(self.cache, piece, max_length=self.max_length, cls=self.cls, black_pixels=self.black_pixels)
             for piece in own
         ]
+        if self.shuffle is not None:
+            for number, batch in enumerate(batches):
+                ends = batch.cu_seqlens.numpy().astype(np.int64)
+                bounds = np.stack([ends[:-1], ends[1:] - self.cls], axis=1)
+                place = self.rank * self.accumulate + number
+                # A step's batch is cut into pieces: each has a seed of its own.
+                seed = torch_seed(self.seed, "shuffle", step, place, self.world * self.accumulate)
+                self.shuffle(batch.tokens_T.numpy(), bounds, seed)
         return [rounded(b, self.max_length + self.cls) for b in batches] if self.rounding else batches
 
     def starting(self, step: int) -> Iterator[list[Batch]]:

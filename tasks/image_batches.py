@@ -85,8 +85,9 @@ class ImageBatches:
     """The training batches of one rank, already on its device.
 
     keep_tokens: numbers of tokens an image keeps, one drawn for each step: every pixel of at least `foreground` as far
-    as they fit, and random others. dihedral: each image is flipped and turned at random. Positions are those of the
-    (turned) whole image, in ascending order. `cls` adds one slot at each sequence's end.
+    as they fit, and random others. dihedral: each image is flipped and turned at random. mirror: half of them have left
+    and right exchanged. shift: each moves by up to so many pixels, black coming in. Positions are those of the
+    (changed) whole image, in ascending order. `cls` adds one slot at each sequence's end.
     """
 
     def __init__(
@@ -100,6 +101,8 @@ class ImageBatches:
         keep_tokens: list[int] | None = None,
         foreground: int = 8,
         dihedral: bool = False,
+        mirror: bool = False,
+        shift: int = 0,
         cls: bool = False,
         rank: int = 0,
         world: int = 1,
@@ -113,6 +116,7 @@ class ImageBatches:
         self.images, self.side, self.batch_size, self.seed, self.device = images, side, batch_size, seed, device
         self.keep_tokens, self.foreground, self.cls = keep_tokens or [], foreground, cls
         self.turns_GL = dihedral_maps(side).to(device) if dihedral else None
+        self.mirror, self.shift = mirror, shift
         self.accumulate, self.micro_batch = accumulate, batch_size // (world * accumulate)
         self.first = rank * accumulate * self.micro_batch
         # Made where batches are used; a set that stays on the host is better read ahead by a thread.
@@ -128,6 +132,11 @@ class ImageBatches:
         if self.turns_GL is not None:
             turn_B = torch.randint(8, (self.batch_size,), generator=random, device=self.device)[self.first : stop]
             images_BL = images_BL.gather(1, self.turns_GL[turn_B])
+        if self.mirror or self.shift:
+            choice = (self.batch_size, 2)
+            moves_B2 = torch.randint(2 * self.shift + 1, choice, generator=random, device=self.device) - self.shift
+            mirrored_B = torch.randint(2, choice[:1], generator=random, device=self.device).bool() & self.mirror
+            images_BL = moved(images_BL, moves_B2[self.first : stop], mirrored_B[self.first : stop], self.side)
         kept = self.num_kept(step)
         positions_BK = None
         if kept < self.side**2:
@@ -194,6 +203,17 @@ def kept_positions(images_BL: Tensor, dice_BL: Tensor, kept: int, foreground: in
     """
     rank_BL = dice_BL + (images_BL >= foreground).to(torch.int32) * 2**_RANDOM_BITS
     return rank_BL.topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def moved(images_BL: Tensor, moves_B2: Tensor, mirrored_B: Tensor, side: int) -> Tensor:
+    """Return images with left and right exchanged where asked, then moved by (rows, columns); 0 comes in."""
+    line = torch.arange(side, device=images_BL.device)
+    rows_BS = line - moves_B2[:, :1]
+    columns_BS = line - moves_B2[:, 1:2]
+    inside_BSS = ((rows_BS >= 0) & (rows_BS < side))[:, :, None] & ((columns_BS >= 0) & (columns_BS < side))[:, None]
+    columns_BS = torch.where(mirrored_B[:, None], side - 1 - columns_BS, columns_BS).clamp(0, side - 1)
+    places_BL = (rows_BS.clamp(0, side - 1)[:, :, None] * side + columns_BS[:, None]).flatten(1)
+    return images_BL.gather(1, places_BL) * inside_BSS.flatten(1)
 
 
 def dihedral_maps(side: int) -> Tensor:

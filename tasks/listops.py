@@ -82,6 +82,17 @@ def evaluate(text: str) -> tuple[np.ndarray, int]:
     return tokens[:count].copy(), int(value)
 
 
+def shuffle_operands(tokens: np.ndarray, bounds: np.ndarray, seed: int) -> None:
+    """Put the operands of every operator in random order, in place; MIN, MAX, MED and SM do not mind.
+
+    tokens uint8 holds expressions, number s from bounds[s, 0] to bounds[s, 1]; one that was cut off stays as it is.
+    """
+    from tasks import listops_kernels as kernels
+
+    longest = int((bounds[:, 1] - bounds[:, 0]).max(initial=0))
+    kernels.shuffle_many(tokens, bounds, seed, np.empty(longest, np.uint8), np.empty((3, longest), np.int64))
+
+
 def write_expression(tokens: np.ndarray) -> bytes:
     """Return the official text of token bytes that `evaluate` or the generator made."""
     from tasks import listops_kernels as kernels
@@ -232,6 +243,7 @@ register(
         find_files=find_files,
         write_release=write_release,
         generated=True,
+        shuffle=shuffle_operands,
         class_names=tuple("0123456789"),
         token_names=TOKEN_NAMES,
         card=_CARD,

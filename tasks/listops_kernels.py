@@ -268,3 +268,69 @@ def write_out(tokens: np.ndarray, out: np.ndarray) -> int:
         out[size] = 32
         size += 1
     return size - 1
+
+
+@_compiled
+def _next_random(state: np.ndarray) -> int:
+    """Return 63 random bits and move the state on (splitmix64)."""
+    state[0] += np.uint64(0x9E3779B97F4A7C15)
+    z = state[0]
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int((z ^ (z >> np.uint64(31))) >> np.uint64(1))
+
+
+@_compiled
+def _find_ends(tokens: np.ndarray, start: int, stop: int, ends: np.ndarray, stack: np.ndarray) -> bool:
+    """Fill ends[i] with the place behind the expression that begins at start + i; False if it is not whole."""
+    depth = 0
+    for at in range(start, stop):
+        token = tokens[at]
+        if MIN <= token <= SM:
+            stack[depth] = at - start
+            depth += 1
+        elif token == CLOSE:
+            if depth == 0:
+                return False
+            depth -= 1
+            ends[stack[depth]] = at + 1 - start
+        else:
+            ends[at - start] = at + 1 - start
+    return depth == 0 and stop > start and ends[0] == stop - start
+
+
+@_compiled
+def shuffle_many(tokens: np.ndarray, bounds: np.ndarray, seed: int, copy: np.ndarray, scratch: np.ndarray) -> None:
+    """Shuffle the operands of each expression tokens[bounds[s, 0]:bounds[s, 1]] in place, by (seed, s).
+
+    copy uint8 and the three rows of scratch int64 have room for the longest expression.
+    """
+    ends, stack, children = scratch[0], scratch[1], scratch[2]
+    state = np.empty(1, np.uint64)
+    for s in range(len(bounds)):
+        start, stop = bounds[s, 0], bounds[s, 1]
+        if not _find_ends(tokens, start, stop, ends, stack):
+            continue
+        copy[: stop - start] = tokens[start:stop]
+        state[0] = np.uint64(seed) ^ (np.uint64(s) * np.uint64(0xD1342543DE82EF95))
+        # What is still to be written, the next on top: the place of an expression, or -1 for a closing bracket.
+        stack[0], depth, out = 0, 1, start
+        while depth > 0:
+            depth -= 1
+            place = stack[depth]
+            tokens[out] = CLOSE if place < 0 else copy[place]
+            out += 1
+            if place < 0 or not MIN <= copy[place] <= SM:
+                continue
+            count, child = 0, place + 1
+            while copy[child] != CLOSE:
+                children[count] = child
+                count += 1
+                child = ends[child]
+            stack[depth] = -1
+            depth += 1
+            for left in range(count, 0, -1):
+                chosen = _next_random(state) % left
+                stack[depth] = children[chosen]
+                depth += 1
+                children[chosen] = children[left - 1]

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from lra.base.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from tasks.cache import CacheWriter
@@ -87,6 +88,8 @@ class Task:
     `draw(options, file)` saves a picture that shows more than the tokens do.
     `fresh(laws, seed, device)` returns a drawer of new examples, of one law after the other in turn; the same for the
     same seed and numbers.
+    `shuffle(tokens, bounds, seed)` changes packed sequences in place, row s from bounds[s, 0] to bounds[s, 1], in a way
+    that keeps their labels: a pure function of its arguments.
     `write_release(options, folder)` writes generated data as the official files instead and returns their folder.
     """
 
@@ -109,6 +112,7 @@ class Task:
     write_release: Callable[[TaskOptions, Path], Path] | None = None
     draw: Callable[[TaskOptions, Path], None] | None = None
     fresh: Callable[[Sequence[TaskOptions], int, torch.device], FreshDrawer] | None = None
+    shuffle: Callable[[np.ndarray, np.ndarray, int], None] | None = None
     class_names: tuple[str, ...] = ()
     token_names: tuple[str, ...] = ()
     version: int = 1
