@@ -60,7 +60,9 @@ class SelfAttention(nn.Module):
         """Return (T, E); `seed` is this layer's int64 pair for the dropout mask."""
         q_THD, k_THD, v_THD = self.project(x_TE)
         if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_THD = self.q_norm(q_THD).to(v_THD.dtype), self.k_norm(k_THD).to(v_THD.dtype)
+            # In float32, as the weights are: torch has no fused form for two dtypes.
+            q_THD = self.q_norm(q_THD.float()).to(v_THD.dtype)
+            k_THD = self.k_norm(k_THD.float()).to(v_THD.dtype)
         if turn is not None:
             q_THD, k_THD = rotate(q_THD, *turn), rotate(k_THD, *turn)
         out_THD = self.backend(

@@ -210,3 +210,16 @@ def test_image_batches_are_mirrored_and_moved_by_step(tiny_data: Path) -> None:
 def test_what_does_not_fit_is_refused(recipe: str, override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_config(recipe, [override])
+
+
+@pytest.mark.parametrize("task", ["listops", "text", "image", "pathfinder"])
+def test_the_best_recipe_of_each_task_trains(task: str, tiny_data: Path, tmp_path: Path) -> None:
+    release = {"listops": ["task.count=100000", "data.max_length=200"], "pathfinder": ["task.count=200000"]}
+    config = load_config(
+        f"{task}/best",
+        [f"data.folder={tiny_data}", f"runs_folder={tmp_path}", "name=run", "model.depth=1", "train.batch_size=2",
+         "train.eval_batch_size=2", "train.steps=2", "train.eval_every=2", "data.limit_eval=2",
+         *release.get(task, ["data.max_length=200"] if task == "text" else [])],
+    )  # fmt: skip
+    assert config.attention.backend == "flash" and config.protocol == "best"
+    assert run_training(config)["status"] == "finished"
