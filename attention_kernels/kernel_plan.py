@@ -39,7 +39,8 @@ class Tiles:
     # forward), 1 k and v (Hopper backward).
     shared_operands: int = 0
     ds_slots: int = 0  # Hopper backward: tiles of dS at a time
-    overlap: int = 0  # Hopper backward: 1 starts a tile's scores while the products before still run
+    turns: int = 0  # Hopper forward: 1 lets the warpgroups take turns at queueing products
+    persistent: int = 1  # Hopper: 1 launches as many blocks as run at a time, 0 one for each piece of work
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Plan:
         if self.hopper:
             named["SHARED_OPERANDS"] = t.shared_operands
             if self.kernel == "hopper_backward":
-                return named | {"DS_SLOTS": t.ds_slots, "OVERLAP": t.overlap}
+                return named | {"DS_SLOTS": t.ds_slots, "PERSISTENT": t.persistent}
+            return named | {"KEY_TILE": t.tile, "TURNS": t.turns}
         if self._over_keys:
             with_dq = int(self.kernel == "backward")
             return named | {"QUERY_TILE": t.tile, "SHARED_OPERANDS": t.shared_operands, "WITH_DQ": with_dq}
@@ -104,7 +106,7 @@ class Plan:
     @property
     def persistent(self) -> bool:
         """Whether a block goes from one piece of work to the next: then a launch has as many as run at a time."""
-        return self.kernel == "hopper_forward"
+        return self.hopper and self.tiles.persistent == 1
 
     @property
     def rows(self) -> int:
@@ -122,7 +124,8 @@ class Plan:
             return t.stages * (stage + 16) + t.shared_operands * self.rows * self.width * 2
         if self.kernel == "hopper_backward":
             slots = t.ds_slots * (self.rows * t.tile * 2 + 16)
-            return t.stages * (stage + 8 * t.tile + 16) + 2 * self.rows * self.width * 2 + slots + 8
+            keys = (1 + t.persistent) * (2 * self.rows * self.width * 2 + 16)
+            return t.stages * (stage + 8 * t.tile + 16) + keys + slots
         if not self._over_keys:
             return t.stages * stage
         with_dq = self.kernel == "backward"
@@ -178,22 +181,25 @@ _QUERIES = {
 _DROPOUT: dict[tuple[Kernel, int], Tiles] = {
     ("forward", 16): Tiles(4, 2, 128, 32, 3, 3),
     ("backward_keys", 128): Tiles(4, 1, 32, 16, 2, 2, 2),
-    ("hopper_forward", 32): Tiles(12, 1, 128, 64, 3, 1),
-    ("hopper_forward", 128): Tiles(8, 1, 128, 64, 2, 1),
-    ("hopper_backward", 32): Tiles(12, 1, 64, 0, 3, 1, 0, 2, 0),
+    ("hopper_forward", 32): Tiles(12, 1, 64, 64, 4, 1, turns=1),
+    ("hopper_forward", 64): Tiles(8, 1, 128, 128, 3, 1, turns=1),
+    ("hopper_forward", 96): Tiles(8, 1, 64, 64, 4, 1, turns=1),
+    ("hopper_forward", 128): Tiles(8, 1, 64, 64, 4, 1, turns=1),
+    ("hopper_backward", 32): Tiles(8, 1, 64, 0, 3, 1, 0, 2),
+    ("hopper_backward", 64): Tiles(8, 1, 64, 0, 2, 1, 0, 2, persistent=0),
 }
 # The Hopper family: four warps are a group of 64 rows.
 _HOPPER_FORWARD = {
-    32: Tiles(12, 1, 128, 128, 3, 1),
-    64: Tiles(12, 1, 128, 64, 3, 1),
-    96: Tiles(8, 1, 128, 128, 2, 1),
-    128: Tiles(8, 1, 128, 128, 2, 1),
+    32: Tiles(16, 1, 64, 64, 4, 1),
+    64: Tiles(12, 1, 96, 96, 3, 1, turns=1),
+    96: Tiles(8, 1, 128, 128, 3, 1, turns=1),
+    128: Tiles(12, 1, 64, 64, 4, 1, 1, turns=1),
 }
 _HOPPER_BACKWARD = {
-    32: Tiles(12, 1, 64, 0, 3, 1, 0, 2, 1),
-    64: Tiles(8, 1, 64, 0, 2, 1, 1, 2, 1),
-    96: Tiles(8, 1, 64, 0, 2, 1, 1, 2, 0),
-    128: Tiles(8, 1, 64, 0, 2, 1, 1, 2, 0),
+    32: Tiles(12, 1, 64, 0, 3, 1, 0, 2),
+    64: Tiles(12, 1, 64, 0, 2, 1, 1, 2, persistent=0),
+    96: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0),
+    128: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0),
 }
 _TABLES = {"forward": _FORWARD, "backward": _ALL, "backward_keys": _KEYS, "backward_queries": _QUERIES}
 _HOPPER: dict[Kernel, tuple[Kernel, dict[int, Tiles]]] = {
@@ -203,9 +209,7 @@ _HOPPER: dict[Kernel, tuple[Kernel, dict[int, Tiles]]] = {
 
 
 @cache
-def plan(
-    kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool = False, sparse: bool = False
-) -> Plan:
+def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool = False, sparse: bool = False) -> Plan:
     """Return the plan of a call; `dtype` is "float16" or "bfloat16". Raises ValueError for another.
 
     `hopper` asks for the family for 9.0 where it has the kernel and the width; `sparse` for the block-sparse kernel,
@@ -218,7 +222,9 @@ def plan(
     width = width_of(head_dim)
     if hopper and not sparse and width in _HOPPER.get(kernel, (kernel, {}))[1]:
         kernel, tables = _HOPPER[kernel]
-        return Plan(kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tables[width]) if dropout else tables[width])
+        return Plan(
+            kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tables[width]) if dropout else tables[width]
+        )
     if kernel == "postprocess":
         return Plan(kernel, width, dtype, False, Tiles(8, 1, 0, 0, 0, 1))
     tiles = _TABLES[kernel][width]

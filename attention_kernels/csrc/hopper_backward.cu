@@ -2,9 +2,8 @@
 // share of dQ through float32 atomics. (The deterministic form is the generic family's two kernels.)
 //
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
-//   WARPS (computing, four a group), STAGES (of 64 queries), DS_SLOTS, MIN_BLOCKS,
-//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory),
-//   OVERLAP (1: dV and dK of a tile may still run when the scores of the next start; takes 32 registers more).
+//   WARPS (computing, four a group), STAGES (of 64 queries), DS_SLOTS, PERSISTENT, MIN_BLOCKS,
+//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory).
 //
 // The last warpgroup copies tiles of q, dO and the row statistics; each of the others owns 64 keys:
 //
@@ -23,9 +22,12 @@
 #define KEYS_BYTES (KEYS * ROW_BYTES)
 #define TILE_BYTES (QUERY_TILE * ROW_BYTES)
 #define DS_ROW (QUERY_TILE * 2)
-// Shared memory: K | V | STAGES x (q, dO) | DS_SLOTS x dS^T (KEYS rows of 64 queries) | STAGES x statistics | barriers
-#define V_AT KEYS_BYTES
-#define TILES_AT (2 * KEYS_BYTES)
+// Persistent: a block goes from one piece of work to the next, and copies run ahead into it. That takes registers and
+// shared memory, which the wider heads want elsewhere: there a block does one piece, and so many blocks are launched.
+#define KEY_SLOTS (1 + PERSISTENT)
+// Shared memory: KEY_SLOTS x (K, V) | STAGES x (q, dO) | DS_SLOTS x dS^T (KEYS rows of 64 queries) | STAGES x statistics |
+// barriers
+#define TILES_AT (KEY_SLOTS * 2 * KEYS_BYTES)
 #define DS_AT (TILES_AT + STAGES * 2 * TILE_BYTES)
 #define STATS_AT (DS_AT + DS_SLOTS * KEYS * DS_ROW)
 #define BARRIERS_AT (STATS_AT + STAGES * QUERY_TILE * 8)
@@ -36,6 +38,7 @@ typedef float Sums[HEAD_DIM / 8][4];
 
 struct Places {
     u32 shared;
+    __device__ __forceinline__ u32 keys(u32 slot) const { return shared + slot * 2 * KEYS_BYTES; }
     __device__ __forceinline__ u32 queries(u32 slot) const { return shared + TILES_AT + slot * 2 * TILE_BYTES; }
     __device__ __forceinline__ u32 ds(u32 slot) const { return shared + DS_AT + slot * KEYS * DS_ROW; }
     __device__ __forceinline__ u32 stats(u32 slot) const { return shared + STATS_AT + slot * QUERY_TILE * 8; }
@@ -43,7 +46,10 @@ struct Places {
     __device__ __forceinline__ u32 emptied(u32 slot) const { return shared + BARRIERS_AT + (STAGES + slot) * 8; }
     __device__ __forceinline__ u32 ds_filled(u32 slot) const { return shared + BARRIERS_AT + (2 * STAGES + slot) * 8; }
     __device__ __forceinline__ u32 ds_emptied(u32 slot) const { return shared + BARRIERS_AT + (2 * STAGES + DS_SLOTS + slot) * 8; }
-    __device__ __forceinline__ u32 keys_filled() const { return shared + BARRIERS_AT + 2 * (STAGES + DS_SLOTS) * 8; }
+    __device__ __forceinline__ u32 keys_filled(u32 slot) const { return shared + BARRIERS_AT + (2 * (STAGES + DS_SLOTS) + slot) * 8; }
+    __device__ __forceinline__ u32 keys_emptied(u32 slot) const {
+        return shared + BARRIERS_AT + (2 * (STAGES + DS_SLOTS) + KEY_SLOTS + slot) * 8;
+    }
 };
 
 // Causal: key c is seen by rows from c - offset on.
@@ -51,34 +57,39 @@ __device__ __forceinline__ int first_tile(const Params& p, const Work& w) {
     return p.causal ? max(0, w.tile * KEYS - w.offset) / QUERY_TILE : 0;
 }
 
-__device__ __forceinline__ void copy_all(const Params& p, const Places& places, const Work& w) {
+__device__ __forceinline__ bool has_keys(const Work& w) { return !w.tail && w.tile * KEYS < w.k_len; }
+__device__ __forceinline__ int count_tiles(const Work& w) { return (w.q_len + QUERY_TILE - 1) / QUERY_TILE; }
+
+// Where the statistic of query `row` of a tile lies: those that one lane wants of two blocks of 8 are side by side.
+__device__ __forceinline__ int stats_place(int row) { return (row >> 4) * 16 + (row >> 1 & 3) * 4 + (row >> 3 & 1) * 2 + (row & 1); }
+
+__device__ __forceinline__ void copy_work(const Params& p, const Places& places, const Work& w, Announcer& announcer, Ring& keys,
+                                          Ring& ring) {
+    const u32 k_to = places.keys(keys.slot());
+    announcer.await_empty(places.keys_emptied(keys.slot()), keys.emptied());
+    copy_panels<KEYS>(k_to, at(p.k, p.k_strides, w, w.k_start), p.k_strides.row, w.tile * KEYS, w.k_len, p.head_dim);
+    copy_panels<KEYS>(k_to + KEYS_BYTES, at(p.v, p.v_strides, w, w.k_start), p.v_strides.row, w.tile * KEYS, w.k_len, p.head_dim);
+    announcer.next(places.keys_filled(keys.slot()));
+    keys.next<KEY_SLOTS>();
     const u16* q = at(p.q, p.q_strides, w, w.q_start);
     const u16* dout = at(p.dout, p.dout_strides, w, w.q_start);
     const float2* stats = p.stats + stats_at(p, w);
-    copy_panels<KEYS>(places.shared, at(p.k, p.k_strides, w, w.k_start), p.k_strides.row, w.tile * KEYS, w.k_len, p.head_dim);
-    copy_panels<KEYS>(places.shared + V_AT, at(p.v, p.v_strides, w, w.k_start), p.v_strides.row, w.tile * KEYS, w.k_len, p.head_dim);
-    commit_copies();
-    u32 behind = places.keys_filled();  // the barrier of the copies that are on their way
-    Ring ring = {0, 0};
-    const int thread = threadIdx.x % COPIERS, num_tiles = (w.q_len + QUERY_TILE - 1) / QUERY_TILE;
+    const int thread = threadIdx.x % COPIERS, num_tiles = count_tiles(w);
     for (int tile = first_tile(p, w); tile < num_tiles; ++tile) {
-        await(places.emptied(ring.slot), ring.emptied());
-        const u32 to = places.queries(ring.slot);
+        announcer.await_empty(places.emptied(ring.slot()), ring.emptied());
+        const u32 to = places.queries(ring.slot());
         copy_panels<QUERY_TILE>(to, q, p.q_strides.row, tile * QUERY_TILE, w.q_len, p.head_dim);
         copy_panels<QUERY_TILE>(to + TILE_BYTES, dout, p.dout_strides.row, tile * QUERY_TILE, w.q_len, p.head_dim);
         // Rows past the end are zeros throughout: P is 1 there, but dO, D and q are 0 and add nothing.
         const int row = tile * QUERY_TILE + thread;
-        if (thread < QUERY_TILE) copy8(places.stats(ring.slot) + thread * 8, stats + row, row < w.q_len);
-        commit_copies();
-        wait_copies<1>();
-        show_to_products();
-        arrive(behind);
-        behind = places.filled(ring.slot);
+        if (thread < QUERY_TILE) {
+            const u32 stats_to = places.stats(ring.slot()) + stats_place(thread) * 4;
+            copy4(stats_to, &stats[row].x, row < w.q_len);
+            copy4(stats_to + QUERY_TILE * 4, &stats[row].y, row < w.q_len);
+        }
+        announcer.next(places.filled(ring.slot()));
         ring.next<STAGES>();
     }
-    wait_copies<0>();
-    show_to_products();
-    arrive(behind);
 }
 
 // P of pairs that do not see each other becomes 0. Keys past the end are such too: what they hold stays in rows of their
@@ -109,21 +120,46 @@ __device__ __forceinline__ void turned_masks(u32 (&masks)[2][2], const Params& p
     }
 }
 
+// One statistic of the queries that this lane sees in blocks n and n + 1 of 8: 2t and 2t + 1 of each.
+__device__ __forceinline__ float4 load_pairs(u32 from, int n) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(from + n * 32 + (threadIdx.x & 3) * 16));
+    return x;
+}
+
+// Loaded ahead, while products run, where registers allow, else when wanted.
+#if WARPS == 8 || HEAD_DIM <= 32
+struct RowPairs {
+    float4 pairs[QUERY_TILE / 16];
+    __device__ __forceinline__ explicit RowPairs(u32 from) {
+#pragma unroll
+        for (int n = 0; n < QUERY_TILE / 8; n += 2) pairs[n / 2] = load_pairs(from, n);
+    }
+    __device__ __forceinline__ float4 operator[](int n) const { return pairs[n / 2]; }
+};
+#else
+struct RowPairs {
+    u32 from;
+    __device__ __forceinline__ explicit RowPairs(u32 from) : from(from) {}
+    __device__ __forceinline__ float4 operator[](int n) const { return load_pairs(from, n); }
+};
+#endif
+
 // P and dS from scores that hold P already: rounds both, with the dropout mask laid over them.
-__device__ __forceinline__ void differentiate(Fragments& weights, Fragments& ds, const Block& s, const Block& dp, u32 stats,
+__device__ __forceinline__ void differentiate(Fragments& weights, Fragments& ds, const Block& s, const Block& dp, const RowPairs& d_pairs,
                                               const Params& p, const Philox& philox, int row, int first_key) {
-    const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int step = 0; step < QUERY_TILE / 16; ++step) {
 #if DROPOUT
         u32 masks[2][2];
         turned_masks(masks, p, philox, row + 16 * step, first_key);
 #endif
+        const float4 d = d_pairs[2 * step];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int n = 2 * step + half;
-            float d0, d1;  // D of queries 2t and 2t + 1
-            asm volatile("{.reg .f32 a, b; ld.shared.v4.f32 {a, %0, b, %1}, [%2];}" : "=f"(d0), "=f"(d1) : "r"(stats + n * 64 + (lane & 3) * 16));
+            const float d0 = half ? d.z : d.x, d1 = half ? d.w : d.y;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float x = s[n][2 * h], y = s[n][2 * h + 1];
@@ -158,9 +194,9 @@ __device__ __forceinline__ void add4(float* to, float a, float b, float c, float
 }
 
 // dQ of 64 queries from all the block's keys, by one group.
-__device__ __forceinline__ void add_dq(const Places& places, const Ring& ds, const Params& p, const Work& w, int first_query) {
-    await(places.ds_filled(ds.slot), ds.filled());
-    const u32 ds_place = place_of(places.ds(ds.slot)), k_place = place_of(places.shared);
+__device__ __forceinline__ void add_dq(const Places& places, const Ring& ds, u32 keys, const Params& p, float* sums, int q_len, int first_query) {
+    const u32 ds_place = place_of(places.ds(ds.slot())), k_place = place_of(keys);
+    await(places.ds_filled(ds.slot()), ds.filled());
     Sums dq;
     open_products();
 #pragma unroll
@@ -169,14 +205,14 @@ __device__ __forceinline__ void add_dq(const Places& places, const Ring& ds, con
                                               rows_inside<KEYS>(k_place, key), key > 0);
     close_products();
     wait_products<0>();
-    arrive_warp(places.ds_emptied(ds.slot));
+    arrive_warp(places.ds_emptied(ds.slot()));
     const int lane = threadIdx.x & 31, row = first_query + ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2);
-    float* to = p.dq_sums + (stats_at(p, w) + row) * HEAD_DIM + 4 * (lane & 3);
+    float* to = sums + (i64)row * HEAD_DIM + 4 * (lane & 3);
 #pragma unroll
     for (int d = 0; d < K_STEPS; ++d) {
         if (16 * d >= p.head_dim) break;
-        if (row < w.q_len) add4(to + 16 * d, dq[2 * d][0], dq[2 * d][1], dq[2 * d + 1][0], dq[2 * d + 1][1]);
-        if (row + 8 < w.q_len) add4(to + 8 * HEAD_DIM + 16 * d, dq[2 * d][2], dq[2 * d][3], dq[2 * d + 1][2], dq[2 * d + 1][3]);
+        if (row < q_len) add4(to + 16 * d, dq[2 * d][0], dq[2 * d][1], dq[2 * d + 1][0], dq[2 * d + 1][1]);
+        if (row + 8 < q_len) add4(to + 8 * HEAD_DIM + 16 * d, dq[2 * d][2], dq[2 * d][3], dq[2 * d + 1][2], dq[2 * d + 1][3]);
     }
 }
 
@@ -202,40 +238,66 @@ __device__ __forceinline__ void load_keys(Keys& keys, const Params& p, const Wor
 }
 
 // 64 keys x 64 queries: the group's rows of K with q, or of V with dO.
-__device__ __forceinline__ void multiply_rows(Block& s, u32 tile, const u32 (&fragments)[K_STEPS][4], u32 keys) {
-    const u32 place = place_of(tile), keys_place = place_of(keys + threadIdx.x / 128 * 64 * PANEL_ROW);
+__device__ __forceinline__ void multiply_rows(Block& s, u32 tile_place, const u32 (&fragments)[K_STEPS][4], u32 rows_place) {
 #pragma unroll
     for (int kk = 0; kk < K_STEPS; ++kk) {
-        const u64 b = rows_outside<QUERY_TILE>(place, 0, kk);
+        const u64 b = rows_outside<QUERY_TILE>(tile_place, 0, kk);
 #if SHARED_OPERANDS
-        Product<QUERY_TILE>::shared<false, false>(s, rows_outside<KEYS>(keys_place, 0, kk), b, kk > 0);
+        Product<QUERY_TILE>::shared<false, false>(s, rows_outside<KEYS>(rows_place, 0, kk), b, kk > 0);
 #else
         Product<QUERY_TILE>::registers<false>(s, fragments[kk], b, kk > 0);
 #endif
     }
 }
 
-__device__ __forceinline__ void multiply_queries(Sums& sums, const Fragments& a, u32 tile) {
-    const u32 place = place_of(tile);
+__device__ __forceinline__ void multiply_queries(Sums& sums, const Fragments& a, u32 tile_place) {
 #pragma unroll
     for (int step = 0; step < QUERY_TILE / 16; ++step)
-        Product<HEAD_DIM>::registers<true>(sums, a[step], rows_inside<QUERY_TILE>(place, 16 * step), true);
+        Product<HEAD_DIM>::registers<true>(sums, a[step], rows_inside<QUERY_TILE>(tile_place, 16 * step), true);
 }
 
-__device__ __forceinline__ void exponentiate(Block& s, u32 stats, float scale_log2) {
+__device__ __forceinline__ void exponentiate(Block& s, const RowPairs& lse_pairs, float scale_log2) {
 #pragma unroll
-    for (int n = 0; n < QUERY_TILE / 8; ++n) {
-        float lse0, lse1;
-        asm volatile("{.reg .f32 a, b; ld.shared.v4.f32 {%0, a, %1, b}, [%2];}" : "=f"(lse0), "=f"(lse1) : "r"(stats + n * 64 + (threadIdx.x & 3) * 16));
+    for (int n = 0; n < QUERY_TILE / 8; n += 2) {
+        const float4 lse = lse_pairs[n];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) s[n][c] = exp2_fast(fmaf(s[n][c], scale_log2, -(c & 1 ? lse1 : lse0)));
+        for (int c = 0; c < 4; ++c) {
+            s[n][c] = exp2_fast(fmaf(s[n][c], scale_log2, -(c & 1 ? lse.y : lse.x)));
+            s[n + 1][c] = exp2_fast(fmaf(s[n + 1][c], scale_log2, -(c & 1 ? lse.w : lse.z)));
+        }
     }
 }
 
-__device__ __forceinline__ void differentiate_all(const Params& p, const Places& places, const Work& w) {
+// The part of a group whose 64 keys all lie past the end: dS is 0, and it takes its turns at dQ.
+__device__ __forceinline__ void stand_by(const Params& p, const Places& places, const Work& w, u32 keys, Ring& ring, Ring& ds_ring) {
+    const int group = threadIdx.x / 128, start = first_tile(p, w), num_tiles = count_tiles(w);
+    float* dq_sums = p.dq_sums + stats_at(p, w) * HEAD_DIM;
+    const Fragments none = {};
+    Ring ds_before = ds_ring;
+    int adding = GROUPS - 1;
+#pragma unroll 1
+    for (int tile = start; tile <= num_tiles; ++tile) {
+        if (tile > start && adding == group) add_dq(places, ds_before, keys, p, dq_sums, w.q_len, (tile - 1) * QUERY_TILE);
+        if (tile == num_tiles) break;
+        await(places.filled(ring.slot()), ring.filled());
+        arrive_warp(places.emptied(ring.slot()));
+        await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
+        write_ds(places.ds(ds_ring.slot()), none, (threadIdx.x >> 5) * 16);
+        show_to_products();
+        arrive_warp(places.ds_filled(ds_ring.slot()));
+        adding = adding + 1 == GROUPS ? 0 : adding + 1;
+        ds_before = ds_ring;
+        ring.next<STAGES>();
+        ds_ring.next<DS_SLOTS>();
+    }
+}
+
+__device__ __forceinline__ void differentiate_work(const Params& p, const Places& places, u32 id, u32 keys_at, Ring& ring, Ring& ds_ring) {
+    const Work w = find_work(p, id, false);
     const int warp = threadIdx.x >> 5, group = warp / 4, first_key = w.tile * KEYS + warp * 16;
     const int group_key = w.tile * KEYS + group * 64;
-    const int start = first_tile(p, w), num_tiles = (w.q_len + QUERY_TILE - 1) / QUERY_TILE;
+    if (group_key >= w.k_len) return stand_by(p, places, w, keys_at, ring, ds_ring);
+    const int start = first_tile(p, w), num_tiles = count_tiles(w);
     Keys keys;
     load_keys(keys, p, w, first_key);
 #if SHARED_OPERANDS
@@ -249,65 +311,56 @@ __device__ __forceinline__ void differentiate_all(const Params& p, const Places&
 #else
     const Philox philox = {};
 #endif
-    await(places.keys_filled(), 0);
-    Ring ring = {0, 0}, ds_ring = {0, 0}, ds_before = {0, 0};
-#if OVERLAP
-    u32 reading = STAGES;  // the stage that queued products may still read
-#endif
-    int turn_of = 0;       // the group that adds dQ of this tile
+    float* dq_sums = p.dq_sums + stats_at(p, w) * HEAD_DIM;
+    Ring ds_before = ds_ring;
+    int adding = GROUPS - 1;  // the group that adds dQ of the tile before
 
 #pragma unroll 1
     for (int tile = start; tile < num_tiles; ++tile) {
         const int row = tile * QUERY_TILE;
-        const u32 q_tile = places.queries(ring.slot), dout_tile = q_tile + TILE_BYTES;
         Block s, dp;
         Fragments weights, ds;
-        await(places.filled(ring.slot), ring.filled());
+        const u32 tile_place = place_of(places.queries(ring.slot())), rows_place = place_of(keys_at + group * 64 * PANEL_ROW);
+        await(places.filled(ring.slot()), ring.filled());
         open_products();
-        multiply_rows(s, q_tile, k, places.shared);
+        multiply_rows(s, tile_place, k, rows_place);
         close_products();
-#if OVERLAP
-        wait_products<1>();
-        if (reading < STAGES) arrive_warp(places.emptied(reading));
-#endif
         open_products();
-        multiply_rows(dp, dout_tile, v, places.shared + V_AT);
+        multiply_rows(dp, tile_place + TILE_BYTES / 16, v, rows_place + KEYS_BYTES / 16);
         close_products();
+        const RowPairs lse(places.stats(ring.slot()));
         wait_products<1>();
-        exponentiate(s, places.stats(ring.slot), p.scale_log2);
+        exponentiate(s, lse, p.scale_log2);
         if ((p.causal && row + w.offset < group_key + 63) || group_key + 64 > w.k_len) hide(s, p, w, first_key, row);
+        const RowPairs d(places.stats(ring.slot()) + QUERY_TILE * 4);
         wait_products<0>();
-        differentiate(weights, ds, s, dp, places.stats(ring.slot), p, philox, row, first_key);
-        await(places.ds_emptied(ds_ring.slot), ds_ring.emptied());
-        write_ds(places.ds(ds_ring.slot), ds, warp * 16);
+        differentiate(weights, ds, s, dp, d, p, philox, row, first_key);
+        await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
+        write_ds(places.ds(ds_ring.slot()), ds, warp * 16);
         show_to_products();
-        arrive_warp(places.ds_filled(ds_ring.slot));
+        arrive_warp(places.ds_filled(ds_ring.slot()));
         open_products();
-        multiply_queries(keys.dv, weights, dout_tile);
-        multiply_queries(keys.dk, ds, q_tile);
+        multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
+        multiply_queries(keys.dk, ds, tile_place);
         close_products();
-#if !OVERLAP
         wait_products<0>();
-        arrive_warp(places.emptied(ring.slot));
-#endif
-        // The tile before: by now all groups have written it.
-        const int turn_before = turn_of == 0 ? GROUPS - 1 : turn_of - 1;
-        if (tile > start && turn_before == group) add_dq(places, ds_before, p, w, row - QUERY_TILE);
-        turn_of = turn_of + 1 == GROUPS ? 0 : turn_of + 1;
-#if OVERLAP
-        reading = ring.slot;
-#endif
+        arrive_warp(places.emptied(ring.slot()));
+        // By now all groups have written dS of the tile before.
+        if (tile > start && adding == group) add_dq(places, ds_before, keys_at, p, dq_sums, w.q_len, row - QUERY_TILE);
+        adding = adding + 1 == GROUPS ? 0 : adding + 1;
         ds_before = ds_ring;
         ring.next<STAGES>();
         ds_ring.next<DS_SLOTS>();
     }
-    const int turn_before = turn_of == 0 ? GROUPS - 1 : turn_of - 1;
-    if (num_tiles > start && turn_before == group) add_dq(places, ds_before, p, w, (num_tiles - 1) * QUERY_TILE);
-    wait_products<0>();
-    u16* dk = at(p.dk, p.dkv_strides, w, w.k_start);
-    u16* dv = at(p.dv, p.dkv_strides, w, w.k_start);
-    store_rows(dk, p.dkv_strides.row, first_key, w.k_len, p.head_dim, keys.dk, p.scale, p.scale);
-    store_rows(dv, p.dkv_strides.row, first_key, w.k_len, p.head_dim, keys.dv, p.keep_scale, p.keep_scale);
+    if (num_tiles > start && adding == group) add_dq(places, ds_before, keys_at, p, dq_sums, w.q_len, (num_tiles - 1) * QUERY_TILE);
+    // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
+    asm volatile("" : "+r"(id));
+    const Work end = find_work(p, id, false);
+    const int key = end.tile * KEYS + (threadIdx.x >> 5) * 16;
+    u16* dk = at(p.dk, p.dkv_strides, end, end.k_start);
+    u16* dv = at(p.dv, p.dkv_strides, end, end.k_start);
+    store_rows(dk, p.dkv_strides.row, key, end.k_len, p.head_dim, keys.dk, p.scale, p.scale);
+    store_rows(dv, p.dkv_strides.row, key, end.k_len, p.head_dim, keys.dv, p.keep_scale, p.keep_scale);
 }
 
 // Zeros the rows of dk and dv from `from` on (padding keys, or rows of no sequence), shared out by tile.
@@ -316,17 +369,26 @@ __device__ __forceinline__ void zero_keys(const Params& p, const Work& w, i64 fr
     zero_rows(at(p.dv, p.dkv_strides, w, from), p.dkv_strides.row, num_rows, p.head_dim, w.tile, p.tiles);
 }
 
+__device__ __forceinline__ void compute(const Params& p, const Places& places, u32 id, Ring& keys, Ring& ring, Ring& ds_ring) {
+    const Work w = find_work(p, id, false);
+    // Keys hidden by key_lengths have gradient 0, and so have rows of no sequence.
+    if (w.tail) zero_keys(p, w, w.k_start, w.k_len);
+    else if (p.key_lengths != nullptr) zero_keys(p, w, w.k_len, p.len_k - w.k_len);
+    if (!has_keys(w)) return;
+    await(places.keys_filled(keys.slot()), keys.filled());
+    differentiate_work(p, places, id, places.keys(keys.slot()), ring, ds_ring);
+    arrive_warp(places.keys_emptied(keys.slot()));
+    keys.next<KEY_SLOTS>();
+}
+
+__device__ __forceinline__ void copy(const Params& p, const Places& places, u32 id, Announcer& announcer, Ring& keys, Ring& ring) {
+    const Work w = find_work(p, id, false);
+    if (has_keys(w)) copy_work(p, places, w, announcer, keys, ring);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_backward(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     const Places places = {(u32)__cvta_generic_to_shared(shared_bytes)};
-    const Work w = find_work(p, blockIdx.x, false);
-    const bool copier = threadIdx.x >= THREADS;
-    if (w.tail || p.key_lengths != nullptr) {
-        // Keys hidden by key_lengths have gradient 0, and so have rows of no sequence.
-        if (!copier) zero_keys(p, w, w.tail ? w.k_start : w.k_len, w.tail ? w.k_len : p.len_k - w.k_len);
-    }
-    if (w.tail || w.tile * KEYS >= w.k_len) return;
-
     if (threadIdx.x < STAGES) {
         make_barrier(places.filled(threadIdx.x), COPIERS);
         make_barrier(places.emptied(threadIdx.x), WARPS);
@@ -335,13 +397,30 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) atte
         make_barrier(places.ds_filled(threadIdx.x), WARPS);
         make_barrier(places.ds_emptied(threadIdx.x), 4);
     }
-    if (threadIdx.x == 0) make_barrier(places.keys_filled(), COPIERS);
+    if (threadIdx.x < KEY_SLOTS) {
+        make_barrier(places.keys_filled(threadIdx.x), COPIERS);
+        make_barrier(places.keys_emptied(threadIdx.x), WARPS);
+    }
     __syncthreads();
-    if (copier) {
-        give_registers<copier_registers(GROUPS, MIN_BLOCKS)>();
-        copy_all(p, places, w);
+    Ring keys = {0}, ring = {0};
+    if (threadIdx.x < THREADS) {
+        take_registers<computer_registers(GROUPS, MIN_BLOCKS)>();
+        Ring ds_ring = {0};
+#if PERSISTENT
+        for (Works works(p); works.left(); works.next())
+            if (works.here()) compute(p, places, works.id(), keys, ring, ds_ring);
+#else
+        compute(p, places, blockIdx.x, keys, ring, ds_ring);
+#endif
         return;
     }
-    take_registers<computer_registers(GROUPS, MIN_BLOCKS)>();
-    differentiate_all(p, places, w);
+    give_registers<copier_registers(GROUPS, MIN_BLOCKS)>();
+    Announcer announcer = {0};
+#if PERSISTENT
+    for (Works works(p); works.left(); works.next())
+        if (works.here()) copy(p, places, works.id(), announcer, keys, ring);
+#else
+    copy(p, places, blockIdx.x, announcer, keys, ring);
+#endif
+    announcer.flush();
 }

@@ -1,18 +1,22 @@
 // Forward of exact attention for compute capability 9.0a: out and lse for ROWS queries of one head at a time.
 //
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
-//   WARPS (computing, four a group), KEY_TILE (keys a stage), STEP (keys at a time), STAGES, MIN_BLOCKS,
+//   WARPS (computing, four a group), KEY_TILE (keys a stage), STAGES, MIN_BLOCKS,
 //   SHARED_OPERANDS (1: queries in shared memory instead of registers).
 //
 // The last warpgroup copies tiles of keys and values; each of the others owns 64 queries and runs through them:
 //     S = Q K^T (Q from registers, K rows outside)    P = exp2(S c - reference)    O += P V (P from registers, V rows inside)
-// A group's two products are queued back to back (O += P V of one step, S of the next), and it waits for both before its
-// next softmax. Nothing couples the groups but the stages, so while one waits for the tensor cores the others keep the
-// exponential unit busy. softmax.cuh says why no maximum is taken in the main path.
+// A group queues S of a tile and, behind it, O += P V of the tile before, and exponentiates S while P V still runs. Groups
+// queue in turn (Turn, warpgroups.cuh).
+//
+// Softmax is exact under any reference that keeps its terms in range (softmax.cuh), so the main path takes no maximum:
+// exp2 replaces the scores in their own registers, and the sums tell whether all was in range. Where it was not, the warp
+// multiplies its 16 queries with the tile's keys once more, on mma.sync, and goes the careful way; so do the first tile
+// and those that are partly hidden.
 //
 // Persistent: a block goes from one piece of work to the next, and copies run ahead into the next piece.
 #define ROW_TILES 1
-#define BLOCKS (STEP / 8)
+#define BLOCKS (KEY_TILE / 8)
 #include "common/philox.cuh"
 #include "common/warpgroups.cuh"
 #include "common/softmax.cuh"
@@ -24,11 +28,10 @@
 // Shared memory: STAGES x (K, V) | a tile of 64 queries a group, where read from there | barriers: filled, emptied
 #define QUERIES_AT (STAGES * 2 * TILE_BYTES)
 #define BARRIERS_AT (QUERIES_AT + SHARED_OPERANDS * GROUPS * GROUP_BYTES)
-static_assert(KEY_TILE % STEP == 0, "a stage is whole steps");
 
 struct Stages {
     u32 shared;
-    __device__ __forceinline__ u32 keys(const Ring& r) const { return shared + r.slot * 2 * TILE_BYTES; }
+    __device__ __forceinline__ u32 keys(u32 slot) const { return shared + slot * 2 * TILE_BYTES; }
     __device__ __forceinline__ u32 filled(u32 slot) const { return shared + BARRIERS_AT + slot * 8; }
     __device__ __forceinline__ u32 emptied(u32 slot) const { return shared + BARRIERS_AT + (STAGES + slot) * 8; }
 };
@@ -41,32 +44,24 @@ __device__ __forceinline__ int count_tiles(const Params& p, const Work& w) {
     return keys <= 0 ? 0 : (keys + KEY_TILE - 1) / KEY_TILE;
 }
 
-__device__ __forceinline__ void copy_all(const Params& p, const Stages& stages, u32 num_works) {
-    Ring ring = {0, 0};
-    u32 behind = STAGES;  // the slot whose copies are on their way, none at first
-    for (u32 id = blockIdx.x; id < num_works; id += gridDim.x) {
-        const Work w = find_work(p, id, p.causal);
+__device__ __forceinline__ void copy_all(const Params& p, const Stages& stages) {
+    Ring ring = {0};
+    Announcer announcer = {0};
+    for (Works works(p); works.left(); works.next()) {
+        if (!works.here()) continue;
+        const Work w = find_work(p, works.id(), p.causal);
         const int num_tiles = count_tiles(p, w);
         const u16* k = at(p.k, p.k_strides, w, w.k_start);
         const u16* v = at(p.v, p.v_strides, w, w.k_start);
         for (int tile = 0; tile < num_tiles; ++tile) {
-            await(stages.emptied(ring.slot), ring.emptied());
-            copy_panels<KEY_TILE>(stages.keys(ring), k, p.k_strides.row, tile * KEY_TILE, w.k_len, p.head_dim);
-            copy_panels<KEY_TILE>(stages.keys(ring) + TILE_BYTES, v, p.v_strides.row, tile * KEY_TILE, w.k_len, p.head_dim);
-            commit_copies();
-            if (behind < STAGES) {
-                wait_copies<1>();
-                show_to_products();
-                arrive(stages.filled(behind));
-            }
-            behind = ring.slot;
+            announcer.await_empty(stages.emptied(ring.slot()), ring.emptied());
+            copy_panels<KEY_TILE>(stages.keys(ring.slot()), k, p.k_strides.row, tile * KEY_TILE, w.k_len, p.head_dim);
+            copy_panels<KEY_TILE>(stages.keys(ring.slot()) + TILE_BYTES, v, p.v_strides.row, tile * KEY_TILE, w.k_len, p.head_dim);
+            announcer.next(stages.filled(ring.slot()));
             ring.next<STAGES>();
         }
     }
-    if (behind == STAGES) return;
-    wait_copies<0>();
-    show_to_products();
-    arrive(stages.filled(behind));
+    announcer.flush();
 }
 
 struct Queries {
@@ -86,7 +81,7 @@ __device__ __forceinline__ void load_queries(Queries& q, const Params& p, const 
     commit_copies();
     wait_copies<0>();
     show_to_products();
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + GROUPS + group) : "memory");
 #else
 #pragma unroll
     for (int kk = 0; kk < K_STEPS; ++kk)
@@ -94,9 +89,8 @@ __device__ __forceinline__ void load_queries(Queries& q, const Params& p, const 
 #endif
 }
 
-// Scores of 64 queries and STEP keys from `key` of the tile on.
-__device__ __forceinline__ void multiply_keys(Scores& s, const Queries& q, u32 k_tile, int key) {
-    const u32 place = place_of(k_tile + key * PANEL_ROW);
+__device__ __forceinline__ void multiply_keys(Scores& s, const Queries& q, u32 k_tile) {
+    const u32 place = place_of(k_tile);
 #if SHARED_OPERANDS
     const u32 q_place = place_of(q.tile);
 #endif
@@ -104,15 +98,15 @@ __device__ __forceinline__ void multiply_keys(Scores& s, const Queries& q, u32 k
     for (int kk = 0; kk < K_STEPS; ++kk) {
         const u64 keys = rows_outside<KEY_TILE>(place, 0, kk);
 #if SHARED_OPERANDS
-        Product<STEP>::shared<false, false>(s[0], rows_outside<64>(q_place, 0, kk), keys, kk > 0);
+        Product<KEY_TILE>::shared<false, false>(s[0], rows_outside<64>(q_place, 0, kk), keys, kk > 0);
 #else
-        Product<STEP>::registers<false>(s[0], q.fragments[kk], keys, kk > 0);
+        Product<KEY_TILE>::registers<false>(s[0], q.fragments[kk], keys, kk > 0);
 #endif
     }
 }
 
-__device__ __forceinline__ void multiply_values(Rows& rows, const Weights& weights, u32 v_tile, int key) {
-    const u32 place = place_of(v_tile + key * PANEL_ROW);
+__device__ __forceinline__ void multiply_values(Rows& rows, const Weights& weights, u32 v_tile) {
+    const u32 place = place_of(v_tile);
 #pragma unroll
     for (int n = 0; n < BLOCKS; n += 2) {
         const u32 a[4] = {weights[0][n][0], weights[0][n][1], weights[0][n + 1][0], weights[0][n + 1][1]};
@@ -120,11 +114,63 @@ __device__ __forceinline__ void multiply_values(Rows& rows, const Weights& weigh
     }
 }
 
-__device__ __forceinline__ void drop(Weights& weights, const Params& p, const Philox& philox, int row_tile, int column_tile) {
+// The same scores for one warp, which may be alone in wanting them: on mma.sync, from the tile as it lies.
+__device__ __forceinline__ void multiply_keys_again(Scores& s, const Queries& q, u32 k_tile) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) s[0][n][c] = 0.f;
+#pragma unroll SHARED_OPERANDS ? 1 : K_STEPS
+    for (int kk = 0; kk < K_STEPS; ++kk) {
+        const int panel = kk / PANEL_STEPS, chunk = kk % PANEL_STEPS * 2;
+#if SHARED_OPERANDS
+        u32 a[4];
+        const int row = (threadIdx.x >> 5 & 3) * 16 + (lane & 15);
+        ldmatrix(a, q.tile + panel * 64 * PANEL_ROW + row * PANEL_ROW + ((chunk + (lane >> 4) ^ turn(row)) << 4));
+#else
+        const u32(&a)[4] = q.fragments[kk];
+#endif
+        const int key = (lane & 7) + (lane >> 4) * 8;
+        const u32 from = k_tile + panel * KEY_TILE * PANEL_ROW + key * PANEL_ROW + ((chunk + (lane >> 3 & 1) ^ turn(key)) << 4);
+#pragma unroll
+        for (int n = 0; n < BLOCKS; n += 2) {
+            u32 b[4];
+            ldmatrix(b, from + 8 * n * PANEL_ROW);
+            mma(s[0][n], a, b[0], b[1]);
+            mma(s[0][n + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// Puts exp2 under the present reference in place of the scores; false where a lane's sums have left the safe range.
+__device__ __forceinline__ bool exponentiate(Scores& s, float (&sums)[1][2], const Rows& rows, float scale) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float minus = -rows.reference[0][i];
+        float even = 0.f, odd = 0.f;
+#pragma unroll
+        for (int n = 0; n < BLOCKS; ++n) {
+            even += s[0][n][2 * i] = exp2_fast(fmaf(s[0][n][2 * i], scale, minus));
+            odd += s[0][n][2 * i + 1] = exp2_fast(fmaf(s[0][n][2 * i + 1], scale, minus));
+        }
+        sums[0][i] = even + odd;
+    }
+    return sums[0][0] <= SUM_LIMIT && sums[0][1] <= SUM_LIMIT;
+}
+
+__device__ __forceinline__ void round_weights(Weights& weights, const Scores& s) {
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) weights[0][n][i] = pack(s[0][n][2 * i], s[0][n][2 * i + 1]);
+}
+
+__device__ __forceinline__ void drop(Weights& weights, const Params& p, const Philox& philox, int row, int column) {
 #pragma unroll
     for (int n = 0; n < BLOCKS; n += 4) {
         u32 keep[4];
-        keep_bits(keep, p, philox, row_tile, column_tile + n / 4);
+        keep_bits(keep, p, philox, row >> 4, (column >> 5) + n / 4);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             weights[0][n + j][0] &= pair_mask<0>(keep[j]);
@@ -133,11 +179,9 @@ __device__ __forceinline__ void drop(Weights& weights, const Params& p, const Ph
     }
 }
 
-__device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ring& ring, const Work& w, int num_tiles) {
-    const int warp = threadIdx.x >> 5, first_row = w.tile * ROWS + warp * 16;
-    // What the group must look at; within it, what this warp sees whole.
-    const int group_end = w.tile * ROWS + (warp / 4 + 1) * 64 + w.offset;
-    const int group_keys = p.causal ? min(w.k_len, group_end) : w.k_len;
+__device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ring& ring, const Turn<TURNS ? GROUPS : 1>& turn,
+                                       const Work& w, int num_tiles) {
+    const int first_row = w.tile * ROWS + (threadIdx.x >> 5) * 16;
     const int unmasked = p.causal ? min(w.k_len, first_row + w.offset + 1) : w.k_len;
     Queries q;
     load_queries(q, p, stages, w);
@@ -151,44 +195,60 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
 #if DROPOUT
     const Philox philox = start_philox(p, w);
 #endif
-    u32 reading = STAGES;  // the slot that queued products may still read
+    if (num_tiles == 0) return finish(rows, p, w, first_row);
+
+    Scores s;
+    Weights weights;
+    float sums[1][2];
+    await(stages.filled(ring.slot()), ring.filled());
+    turn.take();
+    open_products();
+    multiply_keys(s, q, stages.keys(ring.slot()));
+    close_products();
+    turn.pass();
+    wait_products<0>();
+    settle(s, weights, sums, rows, p, first_row, 0, w.k_len, w.offset);
+    rows.sum[0][0] = sums[0][0], rows.sum[0][1] = sums[0][1];
+#if DROPOUT
+    drop(weights, p, philox, first_row, 0);
+#endif
+    u32 before = ring.slot();  // of the tile whose values are still to be multiplied
+    ring.next<STAGES>();
 
 #pragma unroll 1
-    for (int tile = 0; tile < num_tiles; ++tile) {
-        await(stages.filled(ring.slot), ring.filled());
-        const u32 k_tile = stages.keys(ring), v_tile = k_tile + TILE_BYTES;
-#pragma unroll 1
-        for (int inner = 0; inner < KEY_TILE; inner += STEP) {
-            const int column = tile * KEY_TILE + inner;
-            if (column >= group_keys) break;
-            Scores s;
-            Weights weights;
-            float sums[1][2];
-            open_products();
-            multiply_keys(s, q, k_tile, inner);
-            close_products();
-            wait_products<0>();
-            if (inner == 0 && reading < STAGES) arrive_warp(stages.emptied(reading));
-            bool careful = column == 0 || column + STEP > unmasked;
-            if (!careful) careful = !__all_sync(ALL_LANES, weigh(s, weights, sums, rows, p.scale_log2));
-            if (careful) settle(s, weights, sums, rows, p, first_row, column, w.k_len, w.offset);
-            rows.sum[0][0] += sums[0][0], rows.sum[0][1] += sums[0][1];
+    for (int column = KEY_TILE; column < num_tiles * KEY_TILE; column += KEY_TILE) {
+        await(stages.filled(ring.slot()), ring.filled());
+        turn.take();
+        open_products();
+        multiply_keys(s, q, stages.keys(ring.slot()));
+        close_products();
+        open_products();
+        multiply_values(rows, weights, stages.keys(before) + TILE_BYTES);
+        close_products();
+        turn.pass();
+        wait_products<1>();
+        bool careful = column + KEY_TILE > unmasked;
+        if (!careful) {
+            careful = !__all_sync(ALL_LANES, exponentiate(s, sums, rows, p.scale_log2));
+            if (careful) multiply_keys_again(s, q, stages.keys(ring.slot()));
+        }
+        wait_products<0>();
+        arrive_warp(stages.emptied(before));
+        // Only now may the weights change: until here the products read them.
+        if (careful) settle(s, weights, sums, rows, p, first_row, column, w.k_len, w.offset);
+        else round_weights(weights, s);
+        rows.sum[0][0] += sums[0][0], rows.sum[0][1] += sums[0][1];
 #if DROPOUT
-            drop(weights, p, philox, first_row >> 4, column >> 5);
+        drop(weights, p, philox, first_row, column);
 #endif
-            open_products();
-            multiply_values(rows, weights, v_tile, inner);
-            close_products();
-        }
-        if (tile * KEY_TILE >= group_keys) {  // this group skips the tile: nothing has released the one before
-            wait_products<0>();
-            if (reading < STAGES) arrive_warp(stages.emptied(reading));
-        }
-        reading = ring.slot;
+        before = ring.slot();
         ring.next<STAGES>();
     }
+    open_products();
+    multiply_values(rows, weights, stages.keys(before) + TILE_BYTES);
+    close_products();
     wait_products<0>();
-    if (reading < STAGES) arrive_warp(stages.emptied(reading));
+    arrive_warp(stages.emptied(before));
     finish(rows, p, w, first_row);
 }
 
@@ -200,18 +260,18 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) atte
         make_barrier(stages.emptied(threadIdx.x), WARPS);
     }
     __syncthreads();
-    // Packed: one sequence more, the rows after the last one.
-    const u32 num_works = (u32)p.tiles * p.heads * (p.batch + (p.cu_q != nullptr));
     if (threadIdx.x >= THREADS) {
         give_registers<copier_registers(GROUPS, MIN_BLOCKS)>();
-        copy_all(p, stages, num_works);
+        copy_all(p, stages);
         return;
     }
     take_registers<computer_registers(GROUPS, MIN_BLOCKS)>();
-    Ring ring = {0, 0};
-    for (u32 id = blockIdx.x; id < num_works; id += gridDim.x) {
-        const Work w = find_work(p, id, p.causal);
+    const Turn<TURNS ? GROUPS : 1> turn(threadIdx.x / 128);
+    Ring ring = {0};
+    for (Works works(p); works.left(); works.next()) {
+        if (!works.here()) continue;
+        const Work w = find_work(p, works.id(), p.causal);
         if (w.tail) empty_rows(p, w);
-        else if (w.tile * ROWS < w.q_len) attend(p, stages, ring, w, count_tiles(p, w));
+        else if (w.tile * ROWS < w.q_len) attend(p, stages, ring, turn, w, count_tiles(p, w));
     }
 }

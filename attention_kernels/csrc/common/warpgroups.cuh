@@ -51,19 +51,95 @@ __device__ __forceinline__ void await(u32 barrier, u32 parity) {
     } while (!done);
 }
 
+// Whether that phase is complete already.
+__device__ __forceinline__ bool completed(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    return done;
+}
+
 // What this thread wrote to shared memory becomes visible to the tensor cores; before it tells them that it is there.
 __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A ring of buffers: `filled` is arrived at by copiers, `emptied` by readers. Round r of a buffer waits for parity r % 2.
+// A place in a ring of buffers: `filled` is arrived at by copiers, `emptied` by readers, and round r of a buffer waits for
+// parity r % 2. In one register: slot in bits 0 to 3, the round's parity in bit 4.
 struct Ring {
-    u32 slot, round;
+    u32 at;
 
+    __device__ __forceinline__ u32 slot() const { return at & 15; }
+    __device__ __forceinline__ u32 filled() const { return at >> 4; }
+    __device__ __forceinline__ u32 emptied() const { return at >> 4 ^ 1; }  // passes at once in the first round
     template <int SLOTS>
     __device__ __forceinline__ void next() {
-        if (++slot == SLOTS) slot = 0, ++round;
+        at = slot() + 1 == SLOTS ? (at & 16) ^ 16 : at + 1;
     }
-    __device__ __forceinline__ u32 filled() const { return round & 1; }
-    __device__ __forceinline__ u32 emptied() const { return (round & 1) ^ 1; }  // passes at once in round 0
+};
+
+__device__ __forceinline__ void copy4(u32 to, const void* from, bool read) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(read ? 4 : 0) : "memory");
+}
+
+// Tells readers of copies once they have arrived: usually one tile behind the newest, so that two are on their way.
+struct Announcer {
+    u32 filled;  // the barrier of copies not yet announced, or 0
+    __device__ __forceinline__ void flush() {
+        if (filled == 0) return;
+        wait_copies<0>();
+        show_to_products();
+        arrive(filled);
+        filled = 0;
+    }
+    // Before copying to a buffer that may still be read. Why the flush: its readers may be waiting for those very copies.
+    __device__ __forceinline__ void await_empty(u32 barrier, u32 parity) {
+        if (!completed(barrier, parity)) flush();
+        await(barrier, parity);
+    }
+    // After the copies of a tile were issued.
+    __device__ __forceinline__ void next(u32 barrier) {
+        commit_copies();
+        if (filled != 0) {
+            wait_copies<1>();
+            show_to_products();
+            arrive(filled);
+        }
+        filled = barrier;
+    }
+};
+
+// The computing groups take turns at queueing products. Why: the tensor cores serve queued products of several groups side
+// by side, so groups that queue together also finish together, and then compete for the exponential unit; in turn, one
+// multiplies while another exponentiates. Named barriers 1 to GROUPS; every group must take equally many turns.
+template <int GROUPS>
+struct Turn {
+    int group;
+    __device__ __forceinline__ explicit Turn(int group) : group(group) {
+        if (GROUPS > 1 && group == GROUPS - 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
+    }
+    __device__ __forceinline__ void take() const {
+        if (GROUPS > 1) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
+    }
+    __device__ __forceinline__ void pass() const {
+        if (GROUPS > 1) asm volatile("bar.arrive %0, 256;" ::"r"(group + 1 == GROUPS ? 1 : 2 + group) : "memory");
+    }
+};
+
+// The pieces of work of one block, when as many blocks are launched as run at a time: one of each round of gridDim.x, the
+// next one along in the next round. Why along: lengths of work repeat with the tiles of a sequence, and a fixed place
+// would give one block the short ones and another the long ones whenever their number divides gridDim.x.
+struct Works {
+    u32 round_start, place, total;
+
+    // Packed: one sequence more, the rows after the last one.
+    __device__ __forceinline__ explicit Works(const Params& p)
+        : round_start(0), place(blockIdx.x), total((u32)p.tiles * p.heads * (p.batch + (p.cu_q != nullptr))) {}
+    __device__ __forceinline__ bool left() const { return round_start < total; }
+    __device__ __forceinline__ bool here() const { return round_start + place < total; }
+    __device__ __forceinline__ u32 id() const { return round_start + place; }
+    __device__ __forceinline__ void next() {
+        round_start += gridDim.x;
+        place = place + 1 == gridDim.x ? 0 : place + 1;
+    }
 };
 
 // Copies rows [first, first + ROWS) of a matrix to a tile with 128 threads. Rows from `num_rows` on and columns from

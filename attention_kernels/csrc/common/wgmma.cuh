@@ -67,6 +67,8 @@ __device__ __forceinline__ void wait_products() {
 #endif
 
 // d (64 x N) = or += A B: `registers` takes A from registers, `shared` from a descriptor. TURNED: the rows of that tile are k.
+// A's registers are read while the product runs. Write them only behind a wait: the compiler takes them for free once the
+// product is queued, and may compute their next values right there (seen on an H200: NaN in the output).
 template <int N>
 struct Product;
 
