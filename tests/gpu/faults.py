@@ -143,7 +143,12 @@ _GENERIC = [
 ]
 
 _HOPPER = [
-    Fault("a stage is read before it was filled", _WARPGROUPS, "return round & 1; }", "return (round & 1) ^ 1; }"),
+    Fault(
+        "a stage is read before it was filled",
+        _WARPGROUPS,
+        "filled() const { return at >> 4; }",
+        "filled() const { return at >> 4 ^ 1; }",
+    ),
     Fault(
         "forward: causal mask begins too late",
         _HOPPER_FORWARD,
@@ -176,7 +181,7 @@ _HOPPER = [
     Fault(
         "backward: dS is read before it was written",
         _HOPPER_BACKWARD,
-        "await(places.ds_filled(ds.slot), ds.filled());",
+        "await(places.ds_filled(ds.slot()), ds.filled());",
         "",
     ),
     Fault(
@@ -188,7 +193,7 @@ _HOPPER = [
     Fault(
         "backward: gradients beyond key_lengths are left",
         _HOPPER_BACKWARD,
-        "if (!copier) zero_keys(",
+        "if (p.key_lengths != nullptr) zero_keys(",
         "if (false) zero_keys(",
     ),
     Fault(
