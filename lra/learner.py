@@ -110,6 +110,11 @@ def make_learner(config: RunConfig, world: World) -> Learner:
     if world.size > 1:
         wrapped = DistributedDataParallel(objective, device_ids=[world.device] if world.device.type == "cuda" else None)
     compiles, traced_whole = wants_compile(config, world.device), backend_class(config.attention.backend).static
+    if compiles and config.train.deterministic:
+        # Newer compilers measure which of several forms is quickest; another choice has other bits.
+        from torch._inductor import config as inductor
+
+        inductor.deterministic = True
     learner = Learner(
         model=model,
         objective=objective,
