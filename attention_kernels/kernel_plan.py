@@ -35,8 +35,8 @@ class Tiles:
     step: int
     stages: int
     min_blocks: int  # blocks a multiprocessor that the compiler must leave registers for
-    # What is read from shared memory instead of registers: 1 v and 2 k as well (generic backward over keys), 1 q (Hopper
-    # forward), 1 k and v (Hopper backward).
+    # What is read from shared memory instead of registers: 1 v, 2 k as well (generic backward over keys); 1 q (Hopper
+    # forward); 1 k and v (Hopper backward).
     shared_operands: int = 0
     ds_slots: int = 0  # Hopper backward: tiles of dS at a time
     turns: int = 0  # Hopper forward: 1 lets the warpgroups take turns at queueing products
@@ -181,19 +181,17 @@ _QUERIES = {
 _DROPOUT: dict[tuple[Kernel, int], Tiles] = {
     ("forward", 16): Tiles(4, 2, 128, 32, 3, 3),
     ("backward_keys", 128): Tiles(4, 1, 32, 16, 2, 2, 2),
-    ("hopper_forward", 32): Tiles(12, 1, 64, 64, 4, 1, turns=1),
-    ("hopper_forward", 64): Tiles(8, 1, 128, 128, 3, 1, turns=1),
-    ("hopper_forward", 96): Tiles(8, 1, 64, 64, 4, 1, turns=1),
-    ("hopper_forward", 128): Tiles(8, 1, 64, 64, 4, 1, turns=1),
+    ("hopper_forward", 32): Tiles(12, 1, 64, 64, 4, 1),
+    ("hopper_forward", 64): Tiles(12, 1, 64, 64, 4, 1, turns=1),
     ("hopper_backward", 32): Tiles(8, 1, 64, 0, 3, 1, 0, 2),
-    ("hopper_backward", 64): Tiles(8, 1, 64, 0, 2, 1, 0, 2, persistent=0),
+    ("hopper_backward", 64): Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0),
 }
 # The Hopper family: four warps are a group of 64 rows.
 _HOPPER_FORWARD = {
     32: Tiles(16, 1, 64, 64, 4, 1),
-    64: Tiles(12, 1, 96, 96, 3, 1, turns=1),
-    96: Tiles(8, 1, 128, 128, 3, 1, turns=1),
-    128: Tiles(12, 1, 64, 64, 4, 1, 1, turns=1),
+    64: Tiles(16, 1, 64, 64, 4, 1, 1, turns=1),
+    96: Tiles(12, 1, 64, 64, 4, 1, 1, turns=1),
+    128: Tiles(8, 1, 128, 128, 3, 1, 1, turns=1),
 }
 _HOPPER_BACKWARD = {
     32: Tiles(12, 1, 64, 0, 3, 1, 0, 2),

@@ -52,13 +52,28 @@ struct Places {
     }
 };
 
-// Causal: key c is seen by rows from c - offset on.
-__device__ __forceinline__ int first_tile(const Params& p, const Work& w) {
-    return p.causal ? max(0, w.tile * KEYS - w.offset) / QUERY_TILE : 0;
-}
-
 __device__ __forceinline__ bool has_keys(const Work& w) { return !w.tail && w.tile * KEYS < w.k_len; }
-__device__ __forceinline__ int count_tiles(const Work& w) { return (w.q_len + QUERY_TILE - 1) / QUERY_TILE; }
+
+// The query tiles of one piece of work, in its order: from somewhere in the middle to the end, then from the first. Why: the
+// blocks of one head run side by side; if all began with the same queries, all would add to the same rows of dQ at once.
+struct QueryTiles {
+    int row, left;  // the first row of this one; how many there are from here on, this one included
+
+    // Causal: key c is seen by rows from c - offset on.
+    static __device__ __forceinline__ int first_row(const Params& p, const Work& w) {
+        return p.causal ? max(0, w.tile * KEYS - w.offset) / QUERY_TILE * QUERY_TILE : 0;
+    }
+    __device__ __forceinline__ QueryTiles(const Params& p, const Work& w) {
+        const int first = first_row(p, w);
+        left = max(0, (w.q_len - first + QUERY_TILE - 1) / QUERY_TILE);
+        row = first + (int)((i64)w.tile * left / p.tiles) * QUERY_TILE;
+    }
+    __device__ __forceinline__ void next(const Params& p, const Work& w) {
+        row += QUERY_TILE;
+        if (row >= w.q_len) row = first_row(p, w);
+        --left;
+    }
+};
 
 // Where the statistic of query `row` of a tile lies: those that one lane wants of two blocks of 8 are side by side.
 __device__ __forceinline__ int stats_place(int row) { return (row >> 4) * 16 + (row >> 1 & 3) * 4 + (row >> 3 & 1) * 2 + (row & 1); }
@@ -74,14 +89,14 @@ __device__ __forceinline__ void copy_work(const Params& p, const Places& places,
     const u16* q = at(p.q, p.q_strides, w, w.q_start);
     const u16* dout = at(p.dout, p.dout_strides, w, w.q_start);
     const float2* stats = p.stats + stats_at(p, w);
-    const int thread = threadIdx.x % COPIERS, num_tiles = count_tiles(w);
-    for (int tile = first_tile(p, w); tile < num_tiles; ++tile) {
+    const int thread = threadIdx.x % COPIERS;
+    for (QueryTiles tile(p, w); tile.left > 0; tile.next(p, w)) {
+        const int row = tile.row + thread;
         announcer.await_empty(places.emptied(ring.slot()), ring.emptied());
         const u32 to = places.queries(ring.slot());
-        copy_panels<QUERY_TILE>(to, q, p.q_strides.row, tile * QUERY_TILE, w.q_len, p.head_dim);
-        copy_panels<QUERY_TILE>(to + TILE_BYTES, dout, p.dout_strides.row, tile * QUERY_TILE, w.q_len, p.head_dim);
+        copy_panels<QUERY_TILE>(to, q, p.q_strides.row, tile.row, w.q_len, p.head_dim);
+        copy_panels<QUERY_TILE>(to + TILE_BYTES, dout, p.dout_strides.row, tile.row, w.q_len, p.head_dim);
         // Rows past the end are zeros throughout: P is 1 there, but dO, D and q are 0 and add nothing.
-        const int row = tile * QUERY_TILE + thread;
         if (thread < QUERY_TILE) {
             const u32 stats_to = places.stats(ring.slot()) + stats_place(thread) * 4;
             copy4(stats_to, &stats[row].x, row < w.q_len);
@@ -129,7 +144,7 @@ __device__ __forceinline__ float4 load_pairs(u32 from, int n) {
 }
 
 // Loaded ahead, while products run, where registers allow, else when wanted.
-#if WARPS == 8 || HEAD_DIM <= 32
+#if WARPS == 8 && HEAD_DIM < 128 || HEAD_DIM <= 32
 struct RowPairs {
     float4 pairs[QUERY_TILE / 16];
     __device__ __forceinline__ explicit RowPairs(u32 from) {
@@ -270,15 +285,16 @@ __device__ __forceinline__ void exponentiate(Block& s, const RowPairs& lse_pairs
 
 // The part of a group whose 64 keys all lie past the end: dS is 0, and it takes its turns at dQ.
 __device__ __forceinline__ void stand_by(const Params& p, const Places& places, const Work& w, u32 keys, Ring& ring, Ring& ds_ring) {
-    const int group = threadIdx.x / 128, start = first_tile(p, w), num_tiles = count_tiles(w);
+    const int group = threadIdx.x / 128;
     float* dq_sums = p.dq_sums + stats_at(p, w) * HEAD_DIM;
     const Fragments none = {};
     Ring ds_before = ds_ring;
-    int adding = GROUPS - 1;
+    int adding = GROUPS - 1, row_before = -1;
 #pragma unroll 1
-    for (int tile = start; tile <= num_tiles; ++tile) {
-        if (tile > start && adding == group) add_dq(places, ds_before, keys, p, dq_sums, w.q_len, (tile - 1) * QUERY_TILE);
-        if (tile == num_tiles) break;
+    for (QueryTiles tile(p, w);; tile.next(p, w)) {
+        if (row_before >= 0 && adding == group) add_dq(places, ds_before, keys, p, dq_sums, w.q_len, row_before);
+        if (tile.left == 0) break;
+        row_before = tile.row;
         await(places.filled(ring.slot()), ring.filled());
         arrive_warp(places.emptied(ring.slot()));
         await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
@@ -297,7 +313,6 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
     const int warp = threadIdx.x >> 5, group = warp / 4, first_key = w.tile * KEYS + warp * 16;
     const int group_key = w.tile * KEYS + group * 64;
     if (group_key >= w.k_len) return stand_by(p, places, w, keys_at, ring, ds_ring);
-    const int start = first_tile(p, w), num_tiles = count_tiles(w);
     Keys keys;
     load_keys(keys, p, w, first_key);
 #if SHARED_OPERANDS
@@ -313,11 +328,11 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
 #endif
     float* dq_sums = p.dq_sums + stats_at(p, w) * HEAD_DIM;
     Ring ds_before = ds_ring;
-    int adding = GROUPS - 1;  // the group that adds dQ of the tile before
+    int adding = GROUPS - 1, row_before = -1;  // the group that adds dQ of the tile before, and that tile's first row
 
 #pragma unroll 1
-    for (int tile = start; tile < num_tiles; ++tile) {
-        const int row = tile * QUERY_TILE;
+    for (QueryTiles tile(p, w); tile.left > 0; tile.next(p, w)) {
+        const int row = tile.row;
         Block s, dp;
         Fragments weights, ds;
         const u32 tile_place = place_of(places.queries(ring.slot())), rows_place = place_of(keys_at + group * 64 * PANEL_ROW);
@@ -346,13 +361,14 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
         wait_products<0>();
         arrive_warp(places.emptied(ring.slot()));
         // By now all groups have written dS of the tile before.
-        if (tile > start && adding == group) add_dq(places, ds_before, keys_at, p, dq_sums, w.q_len, row - QUERY_TILE);
+        if (row_before >= 0 && adding == group) add_dq(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before);
+        row_before = row;
         adding = adding + 1 == GROUPS ? 0 : adding + 1;
         ds_before = ds_ring;
         ring.next<STAGES>();
         ds_ring.next<DS_SLOTS>();
     }
-    if (num_tiles > start && adding == group) add_dq(places, ds_before, keys_at, p, dq_sums, w.q_len, (num_tiles - 1) * QUERY_TILE);
+    if (row_before >= 0 && adding == group) add_dq(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before);
     // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
     asm volatile("" : "+r"(id));
     const Work end = find_work(p, id, false);

@@ -180,7 +180,9 @@ __device__ __forceinline__ void drop(Weights& weights, const Params& p, const Ph
 }
 
 __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ring& ring, const Turn<TURNS ? GROUPS : 1>& turn,
-                                       const Work& w, int num_tiles) {
+                                       u32 id) {
+    const Work w = find_work(p, id, p.causal);
+    const int num_tiles = count_tiles(p, w);
     const int first_row = w.tile * ROWS + (threadIdx.x >> 5) * 16;
     const int unmasked = p.causal ? min(w.k_len, first_row + w.offset + 1) : w.k_len;
     Queries q;
@@ -249,7 +251,10 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
     close_products();
     wait_products<0>();
     arrive_warp(stages.emptied(before));
-    finish(rows, p, w, first_row);
+    // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
+    asm volatile("" : "+r"(id));
+    const Work end = find_work(p, id, p.causal);
+    finish(rows, p, end, end.tile * ROWS + (threadIdx.x >> 5) * 16);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_forward(const __grid_constant__ Params p) {
@@ -272,6 +277,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) atte
         if (!works.here()) continue;
         const Work w = find_work(p, works.id(), p.causal);
         if (w.tail) empty_rows(p, w);
-        else if (w.tile * ROWS < w.q_len) attend(p, stages, ring, turn, w, count_tiles(p, w));
+        else if (w.tile * ROWS < w.q_len) attend(p, stages, ring, turn, works.id());
     }
 }
