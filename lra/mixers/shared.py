@@ -35,6 +35,8 @@ class Rows(NamedTuple):
 class Mixer(Backend):
     """An approximate backend: subclasses compute `mix` on rectangles; padding and unpadding live here."""
 
+    static, linear_memory = True, True
+
     def __init__(self, config: AttentionConfig, num_heads: int, head_dim: int, max_length: int) -> None:
         super().__init__(config, num_heads, head_dim, max_length)
         self.num_heads, self.head_dim, self.max_length = num_heads, head_dim, max_length

@@ -171,3 +171,10 @@ def test_a_nan_changes_nothing_although_it_is_read_late(compile_it: str, graph: 
         for n in numbers:
             check_arrived(learner, config, n, ALONE, run)
     assert learner.step == bad and json.loads((run.path / "nonfinite.json").read_text())["step"] == bad
+
+
+@pytest.mark.parametrize("backend", ["linformer", "linear", "performer", "local", "reformer", "smyrf"])
+def test_the_approximate_methods_are_recorded_too(backend: str, tmp_path: Path) -> None:
+    learner, losses = steps(small(tmp_path, f"attention={backend}"), 25, tmp_path)
+    assert learner.graphs is not None and learner.graphs.recorded
+    assert all(math.isfinite(loss) for loss in losses)

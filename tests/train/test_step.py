@@ -93,7 +93,11 @@ def test_taken_rows_and_their_gradient() -> None:
     assert x.grad is not None and torch.equal(x.grad, expected)
 
 
-@pytest.mark.parametrize("backend", ["flash", "block_sparse", "standard", "sdpa"])
+EVERY = ["flash", "block_sparse", "standard", "sdpa"]
+MIXERS = ["linformer", "linear", "performer", "local", "reformer", "smyrf"]
+
+
+@pytest.mark.parametrize("backend", [*EVERY, *(pytest.param(m, marks=pytest.mark.slow) for m in MIXERS)])
 def test_one_compilation_serves_every_number_of_rows(
     backend: str, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +180,6 @@ def test_compilation_by_itself_is_for_long_runs_on_a_gpu(tiny_data: Path) -> Non
     long = tiny("listops", tiny_data, "train.steps=5000", "attention=flash")
     assert wants_compile(long, CUDA) and not wants_compile(long, ALONE.device)
     assert not wants_compile(tiny("listops", tiny_data, "train.steps=400", "attention=flash"), CUDA)
-    assert not wants_compile(tiny("listops", tiny_data, "train.steps=5000", "attention=reformer"), CUDA)
+    assert all(wants_compile(tiny("listops", tiny_data, "train.steps=5000", f"attention={m}"), CUDA) for m in MIXERS)
     assert wants_compile(tiny("listops", tiny_data, "train.steps=5", "train.compile=true"), ALONE.device)
     assert not wants_compile(tiny("listops", tiny_data, "train.steps=5000", "train.compile=false"), CUDA)
