@@ -33,7 +33,7 @@ from lra.memory import check_fits, estimate
 from lra.model import Classifier, num_parameters
 from lra.preempt import StopRequest, catch_signals
 from lra.recipes import differences
-from lra.restarts import StuckError, attempt_config, attempts, set_aside
+from lra.restarts import StuckError, attempt_config, attempts, lost_seconds, set_aside
 from lra.run_dir import RunDir, environment, now
 from lra.statistics import class_scores, confusion
 from lra.train import train
@@ -278,7 +278,7 @@ def describe(config: RunConfig, data: Data | None, run: RunDir, parameters: int)
         **{key: here[key] for key in ("commit", "dirty", "code")},
         "date": now(),
         "restarts": len(lost),
-        "lost_s": sum(sum(attempt.get("seconds", {}).values()) for attempt in lost),
+        "lost_s": lost_seconds(lost),
     }
 
 

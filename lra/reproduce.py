@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lra.attention_view import write_view
 from lra.base.console import info
-from lra.base.errors import RunError, Stopped
+from lra.base.errors import LraError, RunError, Stopped
 from lra.base.files import write_json_atomic
 from lra.chain import Chain, chain_path, load_chain
 from lra.config import RunConfig
@@ -25,6 +26,7 @@ from lra.export import export_weights
 from lra.memory import check_fits
 from lra.model import num_parameters
 from lra.recipes import differences
+from lra.restarts import attempts, lost_seconds
 from lra.robustness import probe_model
 from lra.run_dir import RunDir, environment, now, read_json
 
@@ -69,17 +71,32 @@ def run_chain(chain: Chain, minutes: float | None = None) -> dict[str, Any]:
             check_ready(chain, world)
             try:
                 for index, config in enumerate(chain.configs):
+                    if not is_finished(RunDir(chain.stage_folder(index))):
+                        keep(chain, world, "unfinished")
                     run_stage(chain, index, config, world, budget)
                 last = RunDir(chain.stage_folder(len(chain.configs) - 1))
                 probes = probe_model(last, chain.configs[-1], chain.file.probe, chain.folder, world, budget.left)
-                result = describe(chain, world, "finished", probes)
             except Stopped as e:
-                if world.is_main:
-                    write_json_atomic(chain.folder / "chain.json", describe(chain, world, "stopped", {}))
+                keep(chain, world, "stopped", e.cause)
                 raise Stopped(e.cause, GO_ON) from e
+            except LraError as e:
+                keep(chain, world, "failed", e.cause)
+                raise
+            result = keep(chain, world, "finished", probes=probes)
             if world.is_main:
                 export_weights(last, chain.folder / "weights")
-                write_json_atomic(chain.folder / "chain.json", result)
+                write_json_atomic(chain.folder / "weights" / "chain.json", result)
+                write_view(last, chain.configs[-1], world, [chain.folder, chain.folder / "weights"])
+    return result
+
+
+def keep(
+    chain: Chain, world: World, status: str, reason: str | None = None, probes: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write what is known of a chain into chain.json and return it: also a killed chain is one that a report finds."""
+    result = describe(chain, world, status, reason, probes or {})
+    if world.is_main:
+        write_json_atomic(chain.folder / "chain.json", result)
     return result
 
 
@@ -128,7 +145,7 @@ def chosen_test(result: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def describe(chain: Chain, world: World, status: str, probes: dict[str, Any]) -> dict[str, Any]:
+def describe(chain: Chain, world: World, status: str, reason: str | None, probes: dict[str, Any]) -> dict[str, Any]:
     """Return what is known of a chain: accuracy, GPU minutes by kind of work, restarts, every stage."""
     stages = [stage_summary(chain, index, world.size) for index in range(len(chain.configs))]
     last = RunDir(chain.stage_folder(len(stages) - 1)).result() or {}
@@ -138,10 +155,12 @@ def describe(chain: Chain, world: World, status: str, probes: dict[str, Any]) ->
     return {
         "format": CHAIN_FORMAT,
         "name": chain.folder.name,
+        "recipe": chain.file.name,
         "task": chain.task,
         "track": chain.file.track,
         "seed": chain.seed,
         "status": status,
+        "reason": reason,
         "test": chosen_test(last) if last.get("status") == "finished" else None,
         "probes": probes,
         "gpu_minutes": minutes,
@@ -160,6 +179,9 @@ def stage_summary(chain: Chain, index: int, num_gpus: int) -> dict[str, Any]:
     config, run = chain.configs[index], RunDir(chain.stage_folder(index))
     result = run.result() or {}
     seconds = {kind: float(result.get(key, 0.0)) for kind, key in TIMES.items()}
+    given_up = attempts(run)
+    seconds["given_up"] = lost_seconds(given_up)
+    steps_per_s = result.get("steady_steps_per_s")
     seconds["compilation"] = start_up_seconds(run)
     seconds["training"] = max(seconds["training"] - seconds["compilation"], 0.0)
     minutes = {kind: value * num_gpus / 60.0 for kind, value in seconds.items()}
@@ -173,13 +195,17 @@ def stage_summary(chain: Chain, index: int, num_gpus: int) -> dict[str, Any]:
         "images": config.train.steps * config.train.batch_size,
         "num_parameters": result.get("num_parameters"),
         "test": chosen_test(result) if finished else None,
-        "restarts": result.get("restarts", 0),
+        "restarts": len(given_up),
+        "attempts": given_up,
+        "limit_eval": config.data.limit_eval,
+        "attention": config.attention.backend,
+        "images_per_s": None if not steps_per_s else steps_per_s * config.train.batch_size,
         "gpu_minutes": minutes,
         "curve": validation_curve(run, num_gpus),
     }
 
 
-TIMES = {"training": "train_s", "evaluation": "eval_s", "given_up": "lost_s"}
+TIMES = {"training": "train_s", "evaluation": "eval_s"}
 
 
 def start_up_seconds(run: RunDir) -> float:

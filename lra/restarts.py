@@ -53,6 +53,12 @@ def attempts(run: RunDir) -> list[dict[str, Any]]:
     return found
 
 
+def lost_seconds(given_up: list[dict[str, Any]]) -> float:
+    """Return the seconds of training and evaluation in attempts that were given up."""
+    # Other kinds of work in the stopwatch lie within these two.
+    return sum(attempt.get("seconds", {}).get(kind, 0.0) for attempt in given_up for kind in ("train", "eval"))
+
+
 def attempt_config(config: RunConfig, number: int) -> RunConfig:
     """Return the config of attempt `number`, counted from 0: the same with a seed of its own.
 
