@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lra.attention import Backend, KeyRows, key_rows, make_backend
 from lra.config import ModelConfig, RunConfig
-from lra.packing import Packed, pack_info
+from lra.packing import Packed, look_up, pack_info
 from lra.pooling import Pool
 from lra.positions import (
     PositionTable,
@@ -133,7 +133,7 @@ class Embed(nn.Module):
             # Products of single numbers, not a matrix product: under autocast the residual stream stays float32.
             value_T1 = (tokens_T.to(self.scale.weight.dtype) / 127.5 - 1.0)[:, None]
             return value_T1 * self.scale.weight[:, 0] + self.scale.bias
-        return self.table(tokens_T.to(torch.int64) + self.shift)
+        return look_up(self.table.weight, tokens_T.to(torch.int64) + self.shift)
 
 
 class Denoiser(nn.Module):

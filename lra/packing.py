@@ -93,3 +93,31 @@ class _TakeRows(torch.autograd.Function):
         # One spare row takes what belongs to no row.
         grad = grad_K.new_zeros(ctx.num_rows + 1, *grad_K.shape[1:])
         return grad.index_copy(0, index_K, grad_K)[:-1], None
+
+
+# A GPU spreads a table's gradient over copies of it, so many rows in all: most tokens may be one symbol (the black of an
+# image), and hundreds of thousands of additions to one row would wait for one another.
+_SPREAD_ROWS, _MOST_COPIES = 1 << 14, 64
+
+
+def look_up(table_VE: Tensor, index_T: Tensor) -> Tensor:
+    """Return the rows index_T (int64) of a table, (T, E), as F.embedding does."""
+    found: Tensor = _LookUp.apply(table_VE, index_T)
+    return found
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table_VE: Tensor, index_T: Tensor) -> Tensor:
+        ctx.save_for_backward(index_T)
+        ctx.num_rows = table_VE.shape[0]
+        return table_VE.index_select(0, index_T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, None]:
+        (index_T,) = ctx.saved_tensors
+        copies = max(1, min(_MOST_COPIES, _SPREAD_ROWS // ctx.num_rows)) if grad_TE.is_cuda else 1
+        if copies > 1:
+            index_T = index_T + ctx.num_rows * (torch.arange(index_T.shape[0], device=index_T.device) % copies)
+        sums = grad_TE.new_zeros(copies * ctx.num_rows, grad_TE.shape[1]).index_add(0, index_T, grad_TE)
+        return sums.view(copies, ctx.num_rows, -1).sum(0), None

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lra.packing import look_up
+
 
 def sinusoidal_table(num_rows: int, width: int, base: float = 10_000.0) -> Tensor:
     """Return (num_rows, width) float32 with sine and cosine interleaved (Vaswani et al. 2017, section 3.5).
@@ -35,7 +37,7 @@ class PositionTable(nn.Module):
 
     def forward(self, positions_T: Tensor) -> Tensor:
         """Return (T, E) vectors for int64 positions; position num_positions is the CLS row."""
-        return self.table[positions_T]
+        return look_up(self.table, positions_T)
 
 
 def rotary_angles(positions_T: Tensor, head_dim: int, base: float) -> Tensor:

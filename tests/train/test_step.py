@@ -16,7 +16,7 @@ from lra.feed import make_batches
 from lra.graphs import size_of
 from lra.learner import Gate, Learner, compiled, make_learner, wants_compile
 from lra.model import Classifier
-from lra.packing import take_rows
+from lra.packing import look_up, take_rows
 from lra.step import gated_work
 from tasks.batches import Batch, Keys, rounded
 from tests.reliability.test_resume import differing, everything
@@ -91,6 +91,22 @@ def test_taken_rows_and_their_gradient() -> None:
     expected = torch.zeros(20, 2, 3)
     expected[[1, 4, 19]] = weight[:3]
     assert x.grad is not None and torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("copies", [1, 64])
+def test_looked_up_rows_and_their_gradient(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if copies > 1:
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    table = torch.randn(7, 5, requires_grad=True)
+    index = torch.randint(0, 7, (500,))
+    index[:400] = 2
+    weight = torch.randn(500, 5)
+    (look_up(table, index) * weight).sum().backward()
+    other = table.detach().clone().requires_grad_()
+    (F.embedding(index, other) * weight).sum().backward()
+    assert torch.equal(look_up(table, index), F.embedding(index, table))
+    assert table.grad is not None and other.grad is not None
+    torch.testing.assert_close(table.grad, other.grad, rtol=1e-5, atol=1e-5)
 
 
 EVERY = ["flash", "block_sparse", "standard", "sdpa"]
