@@ -47,6 +47,9 @@ def estimate(config: RunConfig, num_parameters: int, world_size: int = 1) -> Est
     element = 4 if train.precision == "fp32" else 2
     row = WIDTH_COPIES * 4 * model.width + element * (5 * model.attention_width + 3 * model.mlp_width)
     activations = sequences * length * (model.depth * row + 4 * 4 * model.width)
+    if train.denoise is not None:
+        # Guesses over 256 bytes for every row, in float32 and in the training's precision, and their gradients.
+        activations += sequences * length * 256 * 2 * (4 + element)
     scores = 0
     if config.attention.backend == "standard":
         copies = SCORE_COPIES_DROPOUT if model.attention_dropout else SCORE_COPIES
