@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lra.base.errors import RunError
 from tasks.batches import Batch
 
 # Times that a size is run plainly before it is recorded: lazily loaded kernels and tuned ones must be there, and sizes
@@ -63,18 +64,24 @@ class Graphs:
         found.graph.replay()
 
     def _record(self, batch: Batch, work: Work) -> _Recorded:
-        """Record the step; nothing of it runs."""
+        """Record the step; nothing of it runs. Raises RunError where CUDA refuses."""
         # Clones: the next batch is copied over these, and a batch made on the GPU may share tensors with others.
         own = batch.to(self.device).clone()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(self.stream):
-            # thread_local: the thread that reads ahead allocates pinned memory whenever it likes.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
+        try:
+            with torch.cuda.stream(self.stream):
+                # thread_local: the thread that reads ahead allocates pinned memory whenever it likes.
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 work([own])
-            finally:
                 graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            raise RunError(
+                f"A training step could not be recorded as a CUDA graph ({str(e).splitlines()[0][:300]}).",
+                "Set train.cuda_graph=off in a new run; if the attention is your own, set its `static` to False.",
+            ) from e
         return _Recorded(graph, own, batch.tensors())
 
 

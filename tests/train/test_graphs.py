@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lra import graphs
+from lra.base.errors import RunError
 from lra.graphs import WARM_UP, Graphs
 from tasks.batches import Batch, rounded
 from tests.train.test_step import batch_of
@@ -91,3 +92,16 @@ def test_tensors_that_come_again_are_not_copied_again(recorder: Graphs) -> None:
     assert (recorded.batch.positions_T == 7).all()
     recorder.run(batch.clone(), work)
     assert torch.equal(recorded.batch.positions_T, batch.positions_T)
+
+
+def test_a_step_that_cannot_be_recorded_is_told_in_words(recorder: Graphs) -> None:
+    def work(batches: list[Batch]) -> None:
+        if FakeGraph.recording is not None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    batch = rounded(batch_of([60, 50]), 64)
+    with pytest.raises(RunError, match="not permitted when stream is capturing") as caught:
+        for _ in range(3):
+            recorder.run(batch, work)
+    FakeGraph.recording = None
+    assert "cuda_graph=off" in caught.value.remedy
