@@ -40,6 +40,7 @@ class Tiles:
     shared_operands: int = 0
     ds_slots: int = 0  # Hopper backward: tiles of dS at a time
     turns: int = 0  # Hopper forward: 1 lets the warpgroups take turns at queueing products
+    early: int = 0  # Hopper backward without dropout: 1 or 2 starts dV while dS is computed (hopper_backward.cu)
     persistent: int = 1  # Hopper: 1 launches as many blocks as run at a time, 0 one for each piece of work
 
 
@@ -82,7 +83,7 @@ class Plan:
         if self.hopper:
             named["SHARED_OPERANDS"] = t.shared_operands
             if self.kernel == "hopper_backward":
-                return named | {"DS_SLOTS": t.ds_slots, "PERSISTENT": t.persistent}
+                return named | {"DS_SLOTS": t.ds_slots, "EARLY": t.early, "PERSISTENT": t.persistent}
             return named | {"KEY_TILE": t.tile, "TURNS": t.turns}
         if self._over_keys:
             with_dq = int(self.kernel == "backward")

@@ -3,7 +3,8 @@
 //
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
 //   WARPS (computing, four a group), STAGES (of 64 queries), DS_SLOTS, PERSISTENT, MIN_BLOCKS,
-//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory).
+//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory),
+//   EARLY (without dropout; 1: dV runs while dS is computed, 2: and dS takes P as it was rounded for dV: fewer registers).
 //
 // The last warpgroup copies tiles of q, dO and the row statistics; each of the others owns 64 keys:
 //
@@ -54,25 +55,16 @@ struct Places {
 
 __device__ __forceinline__ bool has_keys(const Work& w) { return !w.tail && w.tile * KEYS < w.k_len; }
 
-// The query tiles of one piece of work, in its order: from somewhere in the middle to the end, then from the first. Why: the
-// blocks of one head run side by side; if all began with the same queries, all would add to the same rows of dQ at once.
+// The query tiles of one piece of work. All blocks of a head begin with the same: what they read is then in the cache (begun
+// at different places they add to different rows of dQ, and are slower by up to an eighth).
 struct QueryTiles {
-    int row, left;  // the first row of this one; how many there are from here on, this one included
+    int row;  // the first row of this one
 
     // Causal: key c is seen by rows from c - offset on.
-    static __device__ __forceinline__ int first_row(const Params& p, const Work& w) {
-        return p.causal ? max(0, w.tile * KEYS - w.offset) / QUERY_TILE * QUERY_TILE : 0;
-    }
-    __device__ __forceinline__ QueryTiles(const Params& p, const Work& w) {
-        const int first = first_row(p, w);
-        left = max(0, (w.q_len - first + QUERY_TILE - 1) / QUERY_TILE);
-        row = first + (int)((i64)w.tile * left / p.tiles) * QUERY_TILE;
-    }
-    __device__ __forceinline__ void next(const Params& p, const Work& w) {
-        row += QUERY_TILE;
-        if (row >= w.q_len) row = first_row(p, w);
-        --left;
-    }
+    __device__ __forceinline__ QueryTiles(const Params& p, const Work& w)
+        : row(p.causal ? max(0, w.tile * KEYS - w.offset) / QUERY_TILE * QUERY_TILE : 0) {}
+    __device__ __forceinline__ bool left(const Work& w) const { return row < w.q_len; }
+    __device__ __forceinline__ void next() { row += QUERY_TILE; }
 };
 
 // Where the statistic of query `row` of a tile lies: those that one lane wants of two blocks of 8 are side by side.
@@ -90,7 +82,7 @@ __device__ __forceinline__ void copy_work(const Params& p, const Places& places,
     const u16* dout = at(p.dout, p.dout_strides, w, w.q_start);
     const float2* stats = p.stats + stats_at(p, w);
     const int thread = threadIdx.x % COPIERS;
-    for (QueryTiles tile(p, w); tile.left > 0; tile.next(p, w)) {
+    for (QueryTiles tile(p, w); tile.left(w); tile.next()) {
         const int row = tile.row + thread;
         announcer.await_empty(places.emptied(ring.slot()), ring.emptied());
         const u32 to = places.queries(ring.slot());
@@ -161,7 +153,16 @@ struct RowPairs {
 };
 #endif
 
-// P and dS from scores that hold P already: rounds both, with the dropout mask laid over them.
+#if EARLY
+__device__ __forceinline__ void round_weights(Fragments& weights, const Block& s) {
+#pragma unroll
+    for (int n = 0; n < QUERY_TILE / 8; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) weights[n / 2][n % 2 * 2 + h] = pack(s[n][2 * h], s[n][2 * h + 1]);
+}
+#endif
+
+// dS from scores that hold P already, and P rounded unless that was done; with dropout, the mask is laid over both.
 __device__ __forceinline__ void differentiate(Fragments& weights, Fragments& ds, const Block& s, const Block& dp, const RowPairs& d_pairs,
                                               const Params& p, const Philox& philox, int row, int first_key) {
 #pragma unroll
@@ -177,16 +178,23 @@ __device__ __forceinline__ void differentiate(Fragments& weights, Fragments& ds,
             const float d0 = half ? d.z : d.x, d1 = half ? d.w : d.y;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
+#if EARLY == 2
+                const float2 rounded = unpack(weights[step][2 * half + h]);
+                const float x = rounded.x, y = rounded.y;
+#else
                 const float x = s[n][2 * h], y = s[n][2 * h + 1];
+#endif
                 float gx = dp[n][2 * h], gy = dp[n][2 * h + 1];
-                u32 rounded = pack(x, y);
 #if DROPOUT
                 const u32 pair = masks[h][half];
-                rounded &= pair;
+                weights[step][2 * half + h] = pack(x, y) & pair;
+#elif !EARLY
+                weights[step][2 * half + h] = pack(x, y);
+#endif
+#if DROPOUT
                 gx = masked(gx, low_mask(pair)) * p.keep_scale;
                 gy = masked(gy, high_mask(pair)) * p.keep_scale;
 #endif
-                weights[step][2 * half + h] = rounded;
                 ds[step][2 * half + h] = pack(x * (gx - d0), y * (gy - d1));
             }
         }
@@ -291,9 +299,9 @@ __device__ __forceinline__ void stand_by(const Params& p, const Places& places, 
     Ring ds_before = ds_ring;
     int adding = GROUPS - 1, row_before = -1;
 #pragma unroll 1
-    for (QueryTiles tile(p, w);; tile.next(p, w)) {
+    for (QueryTiles tile(p, w);; tile.next()) {
         if (row_before >= 0 && adding == group) add_dq(places, ds_before, keys, p, dq_sums, w.q_len, row_before);
-        if (tile.left == 0) break;
+        if (!tile.left(w)) break;
         row_before = tile.row;
         await(places.filled(ring.slot()), ring.filled());
         arrive_warp(places.emptied(ring.slot()));
@@ -331,7 +339,7 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
     int adding = GROUPS - 1, row_before = -1;  // the group that adds dQ of the tile before, and that tile's first row
 
 #pragma unroll 1
-    for (QueryTiles tile(p, w); tile.left > 0; tile.next(p, w)) {
+    for (QueryTiles tile(p, w); tile.left(w); tile.next()) {
         const int row = tile.row;
         Block s, dp;
         Fragments weights, ds;
@@ -348,14 +356,24 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
         exponentiate(s, lse, p.scale_log2);
         if ((p.causal && row + w.offset < group_key + 63) || group_key + 64 > w.k_len) hide(s, p, w, first_key, row);
         const RowPairs d(places.stats(ring.slot()) + QUERY_TILE * 4);
+#if EARLY
+        round_weights(weights, s);
+        open_products();
+        multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
+        close_products();
+        wait_products<1>();
+#else
         wait_products<0>();
+#endif
         differentiate(weights, ds, s, dp, d, p, philox, row, first_key);
         await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
         write_ds(places.ds(ds_ring.slot()), ds, warp * 16);
         show_to_products();
         arrive_warp(places.ds_filled(ds_ring.slot()));
         open_products();
+#if !EARLY
         multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
+#endif
         multiply_queries(keys.dk, ds, tile_place);
         close_products();
         wait_products<0>();

@@ -166,6 +166,20 @@ __device__ __forceinline__ void round_weights(Weights& weights, const Scores& s)
         for (int i = 0; i < 2; ++i) weights[0][n][i] = pack(s[0][n][2 * i], s[0][n][2 * i + 1]);
 }
 
+// The first tile: the largest of a row's first 8 scores will nearly always do as its reference.
+__device__ __forceinline__ void begin(Scores& s, Weights& weights, float (&sums)[1][2], Rows& rows, const Queries& q, u32 k_tile,
+                                      const Params& p, int row, bool whole, int k_len, int offset) {
+    if (whole) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            rows.reference[0][i] = max_of_quad(fmaxf(s[0][0][2 * i] * p.scale_log2, s[0][0][2 * i + 1] * p.scale_log2));
+        if (__all_sync(ALL_LANES, exponentiate(s, sums, rows, p.scale_log2))) return round_weights(weights, s);
+        multiply_keys_again(s, q, k_tile);
+        rows.reference[0][0] = rows.reference[0][1] = -INFINITE;
+    }
+    settle(s, weights, sums, rows, p, row, 0, k_len, offset);
+}
+
 __device__ __forceinline__ void drop(Weights& weights, const Params& p, const Philox& philox, int row, int column) {
 #pragma unroll
     for (int n = 0; n < BLOCKS; n += 4) {
@@ -209,7 +223,7 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
     close_products();
     turn.pass();
     wait_products<0>();
-    settle(s, weights, sums, rows, p, first_row, 0, w.k_len, w.offset);
+    begin(s, weights, sums, rows, q, stages.keys(ring.slot()), p, first_row, KEY_TILE <= unmasked, w.k_len, w.offset);
     rows.sum[0][0] = sums[0][0], rows.sum[0][1] = sums[0][1];
 #if DROPOUT
     drop(weights, p, philox, first_row, 0);
