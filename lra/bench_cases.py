@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lra.base.errors import RunError
 from lra.config import RunConfig
 from lra.feed import Data
 from lra.recipes import load_config
@@ -101,6 +105,27 @@ def examples(case: Case, batch: int, length: int, seed: int = 0) -> tuple[np.nda
     return random.integers(1, min(task.vocab_size, 255), int(lengths.sum()), dtype=np.uint8), lengths
 
 
+def write_examples(line: str) -> None:
+    """Write a case's inputs to a file, as the JSON line says: case, batch, length, file. The file appears whole."""
+    spec = json.loads(line)
+    tokens, lengths = examples(case_of(spec["case"]), spec["batch"], spec["length"])
+    file = Path(spec["file"])
+    partial = file.with_name(f"partial-{file.name}")
+    np.savez(partial, tokens=tokens, lengths=lengths)
+    partial.rename(file)
+
+
+def read_examples(file: Path, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    """Read what write_examples writes, perhaps just now. Raises RunError if it is not there within so many seconds."""
+    end = time.monotonic() + seconds
+    while not file.exists():
+        if time.monotonic() > end:
+            raise RunError(f"The inputs {file.name} were not made in {seconds:g} s.", "See what the generator said.")
+        time.sleep(0.05)
+    with np.load(file) as arrays:
+        return arrays["tokens"], arrays["lengths"]
+
+
 def imdb_lengths(uniform: np.ndarray) -> np.ndarray:
     """Turn uniform numbers in [0, 1) into lengths of film reviews: log-linear between the quantiles."""
     places, logs = [q for q, _ in _IMDB], [math.log(n) for _, n in _IMDB]
@@ -157,3 +182,7 @@ def data_of(case: Case, tokens: np.ndarray, lengths: np.ndarray) -> Data:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     cache = Cache(Path("memory"), manifest, tokens, offsets, labels)
     return Data(cache, {"train": np.arange(count)}, "all")
+
+
+if __name__ == "__main__":
+    write_examples(sys.stdin.readline())

@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from attention_kernels.bench import Parser
 from attention_kernels.bench_timing import describe_machine, gpu_state
 from lra.base.errors import ConfigError
-from lra.bench_cases import CASES, TABLE, Case, as_values, examples
+from lra.bench_cases import CASES, TABLE, Case, as_values
 from lra.bench_padded import score_bytes
 from lra.bench_report import DROPPED, FORMAT, Report, describe_result, markdown, read_report, write_report
 from lra.config import RunConfig
@@ -160,9 +159,7 @@ def make_jobs(args: argparse.Namespace, cases: list[Case], folder: Path) -> list
     jobs = []
     for case in cases:
         config = case.config(*common_overrides(args, case, compiles))
-        file = folder / f"{case.name}.npz"
-        tokens, lengths = examples(case, config.train.batch_size, config.max_length)
-        np.savez(file, tokens=tokens, lengths=lengths)
+        file = start_inputs(case, config, folder)
         for method in methods_of(case, config, compiles, memory):
             if args.methods and method["name"] not in args.methods:
                 continue
@@ -179,6 +176,25 @@ def make_jobs(args: argparse.Namespace, cases: list[Case], folder: Path) -> list
                 job.end({"status": "does not fit", "reason": reason, "estimated_bytes": method["scores"]})
             jobs.append(job)
     return sorted(jobs, key=lambda job: (not job.case.name.endswith("google"), _ORDER.index(job.method["name"])))
+
+
+def start_inputs(case: Case, config: RunConfig, folder: Path) -> Path:
+    """Let a process of its own make a case's inputs, while others start and compile; return the file to come."""
+    file = folder / f"{case.name}.npz"
+    values = {"case": as_values(case), "batch": config.train.batch_size, "length": config.max_length, "file": str(file)}
+    with open(folder / f"{case.name}-inputs.log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lra.bench_cases"],
+            stdin=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "PYTHONPATH": python_path()},
+        )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(values) + "\n")
+    process.stdin.close()
+    threading.Thread(target=process.wait, daemon=True).start()
+    return file
 
 
 def common_overrides(args: argparse.Namespace, case: Case, compiles: bool) -> list[str]:
@@ -245,7 +261,7 @@ def run(args: argparse.Namespace, command: list[str]) -> Report:
         "commit": commit, "dirty": dirty, "code": code_digest(), "clocks": {}, "cases": [],
         "settings": {"seconds": args.seconds, "batch": args.batch, "length": args.length},
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         if args.length is not None:
             cases = [shortened(case, args.length) for case in cases]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lra.bench_cases import Case, case_of, data_of
+from lra.bench_cases import Case, case_of, data_of, read_examples
 from lra.bench_padded import PaddedClassifier
 from lra.config import RunConfig
 from lra.distributed import World
@@ -36,6 +36,7 @@ from tasks.registry import get
 Step = Callable[[], None]
 _QUIET_STEPS, _MOST_WARM_UP_STEPS = 12, 80
 _PROFILED_STEPS = 6
+_INPUTS_S = 120.0
 
 
 class Ours:
@@ -104,8 +105,7 @@ class Padded:
 def build(spec: dict[str, Any], world: World) -> Ours | Padded:
     """Return what the parent's line asks for."""
     case, method = case_of(spec["case"]), spec["method"]
-    with np.load(spec["data"]) as arrays:
-        tokens, lengths = arrays["tokens"], arrays["lengths"]
+    tokens, lengths = read_examples(Path(spec["data"]), _INPUTS_S)
     config = case.config(*spec["overrides"])
     if method["kind"] == "ours":
         return Ours(config, case, tokens, lengths, world)
