@@ -95,8 +95,8 @@ class _TakeRows(torch.autograd.Function):
         return grad.index_copy(0, index_K, grad_K)[:-1], None
 
 
-# A GPU spreads a table's gradient over copies of it, so many rows in all: most tokens may be one symbol (the black of an
-# image), and hundreds of thousands of additions to one row would wait for one another.
+# A GPU spreads a table's gradient over copies of it, so many rows in all: most tokens may be one symbol (an image's
+# black), and hundreds of thousands of additions to one row would wait for one another.
 _SPREAD_ROWS, _MOST_COPIES = 1 << 14, 64
 
 
