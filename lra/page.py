@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lra import plots
+from lra.chain_page import ChainPart, lost_html, part_html
+from lra.chain_page import links as chain_links
+from lra.chain_records import ChainRecord
 from lra.comparison import TABLE_3_PROTOCOL
 from lra.figures import Picture
 from lra.records import RunRecord
@@ -46,22 +49,33 @@ METHOD_NOTES = (
 
 
 def page(
-    records: Sequence[RunRecord], sections: Sequence[Section], figures: Mapping[int, Sequence[Picture]], made: str
+    records: Sequence[RunRecord],
+    sections: Sequence[Section],
+    figures: Mapping[int, Sequence[Picture]],
+    made: str,
+    chains: Sequence[ChainRecord] = (),
+    chain_parts: Sequence[ChainPart] = (),
 ) -> str:
     """Return the page. `figures` holds the pictures of each section by its index, `made` says when it was made."""
     lost = not_counted(records)
     papers = published_table(list(dict.fromkeys(r.task for r in records)))
     links = [("not-counted", "Not counted")] if lost else []
-    links += [(f"section-{i}", section_title(s)) for i, s in enumerate(sections)] + [("runs", "Runs")]
+    links += [("chains-not-counted", "Chains not counted")] if not all(c.counted for c in chains) else []
+    links += chain_links(chain_parts)
+    links += [(f"section-{i}", section_title(s)) for i, s in enumerate(sections)] + (
+        [("runs", "Runs")] if records else []
+    )
     links += [("published", "Published results")] if papers else []
     links.append(("method", "How to read the numbers"))
-    parts = [_header(records, links, made)]
+    parts = [_header(records, links, made, chains)]
     if lost:
         parts.append(f'<section class="alert" id="not-counted"><h2>{plural(len(lost.rows), "run")} not counted</h2>')
         parts.append(html_table(Table("", lost.columns, lost.rows)) + "</section>")
+    parts.append(lost_html(chains))
+    parts += [part_html(index, part) for index, part in enumerate(chain_parts)]
     for index, section in enumerate(sections):
         parts.append(_section(index, section, figures.get(index, ())))
-    parts.append(_runs(records))
+    parts += [_runs(records)] if records else []
     if papers:
         parts.append('<section class="sources" id="published"><h2>Published results</h2>')
         parts.append(html_table(Table("", papers.columns, papers.rows, papers.note)) + "</section>")
@@ -69,7 +83,8 @@ def page(
     parts.append(f'<section id="method"><h2>How to read the numbers</h2><ul>{notes}</ul></section>')
     parts.append(f"<footer>Made by <code>run_lra.py report</code> from run folders, {escape_html(made)}.</footer>")
     css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    # Pictures of attention lie in the page itself, as data.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -88,7 +103,9 @@ def section_note(section: Section) -> str:
     return " ".join(n for n in notes if n)
 
 
-def _header(records: Sequence[RunRecord], links: Sequence[tuple[str, str]], made: str) -> str:
+def _header(
+    records: Sequence[RunRecord], links: Sequence[tuple[str, str]], made: str, chains: Sequence[ChainRecord]
+) -> str:
     counted = sum(r.counted for r in records)
     tally = [
         ("", counted, "run counted" if counted == 1 else "runs counted"),
@@ -97,6 +114,10 @@ def _header(records: Sequence[RunRecord], links: Sequence[tuple[str, str]], made
     for name, known in (("task", {r.task for r in records}), ("backend", {r.backend for r in records})):
         count = len(known - {"unknown"})
         tally.append(("", count, name if count == 1 else f"{name}s"))
+    whole = sum(c.counted for c in chains)
+    tally = tally if records else []
+    tally += [("", whole, "chain counted" if whole == 1 else "chains counted")] if chains else []
+    tally += [("bad", len(chains) - whole, "chains not counted")] if whole < len(chains) else []
     numbers = "".join(f'<div class="{c}"><dt>{name}</dt><dd>{value:,}</dd></div>' for c, value, name in tally)
     items = "".join(f'<li><a href="#{anchor}">{escape_html(text)}</a></li>' for anchor, text in links)
     return (

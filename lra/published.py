@@ -23,6 +23,7 @@ S4_PAPER = "S4 (LegS, v2), as reprinted in MEGA, Table 2"
 S5_PAPER = "S5 (Smith et al. 2023, arXiv:2208.04933)"
 MEGA_PAPER = "MEGA (Ma et al. 2023, arXiv:2209.10655), Table 2"
 CHORD_PAPER = "ChordMixer (Khalitov et al. 2023), README of its code"
+DFOUT_PAPER = "S4D-DFouT (NeurIPS 2025)"
 LONG_CONV_PAPER = "Long convolutions (Fu et al. 2023, arXiv:2302.06646): 63.1 + 29.1 points"
 
 
@@ -121,6 +122,16 @@ _OTHER_ROWS: tuple[tuple[str, str, str, dict[str, float | None]], ...] = (
         CHORD_PAPER,
         {"listops": 59.89, "text": 88.87, "retrieval": 90.38, "image": 89.95, "pathfinder": 96.67, "pathx": 98.63},
     ),
+    (
+        "S4D-DFouT",
+        "later",
+        DFOUT_PAPER,
+        {
+            **{"listops": 61.89, "text": 87.41, "retrieval": 90.95, "image": 88.48, "pathfinder": 94.30},
+            **{"pathx": 94.17, "path256": 87.89},
+        },
+    ),
+    ("S4 + self-pretraining", "later", DFOUT_PAPER + ", Table 4", {"pathx": 96.94, "path256": 87.11}),
     ("Long convolutions (FlashButterfly)", "later", LONG_CONV_PAPER, {"path256": 92.2}),
 )
 

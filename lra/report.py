@@ -11,6 +11,9 @@ from pathlib import Path
 
 from lra import plots
 from lra.base.files import disk_errors, write_bytes_atomic, write_text_atomic
+from lra.chain_page import ChainPart, chain_parts, latex_parts, markdown_parts
+from lra.chain_records import ChainRecord, find_chains
+from lra.chain_tables import seeds_table
 from lra.comparison import table_3
 from lra.figures import Picture, pictures
 from lra.page import METHOD_NOTES, page, section_note
@@ -25,11 +28,14 @@ from lra.tables import csv_text, escape_latex, escape_markdown, latex, markdown
 def build_report(run_roots: Sequence[Path], out: Path, *, now: datetime | None = None) -> list[Path]:
     """Write the report of every run beneath `run_roots` into the folder `out`; return the files, the page first.
 
-    A root may be a run's folder, a folder of run folders, or a result.json kept under another name. Runs that are
-    missing, failed, unfinished or damaged are shown as such. Each file appears whole or not at all, and index.html
-    needs none of the others. Raises RunError when there is no run or `out` cannot be written, DiskFullError.
+    A root may be a run's or a chain's folder, a folder of such folders, or a result.json or chain.json kept under
+    another name. Runs and chains that are missing, failed, unfinished or damaged are shown as such. Each file appears
+    whole or not at all, and index.html needs none of the others. Raises RunError when there is neither run nor chain or
+    `out` cannot be written, DiskFullError.
     """
-    records = find_runs(run_roots)
+    chains = find_chains(run_roots)
+    records = find_runs(run_roots, may_be_none=bool(chains))
+    parts = chain_parts(chains)
     groups = sections(records)
     mixed = table_3(groups)
     # First of all: the table that the suite exists to reproduce.
@@ -38,15 +44,17 @@ def build_report(run_roots: Sequence[Path], out: Path, *, now: datetime | None =
     figures = {index: pictures(section, taken) for index, section in enumerate(groups)}
     made = (now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")
     texts = {
-        "index.html": page(records, groups, figures, made),
-        "report.md": markdown_report(records, groups, figures, made),
-        "results.csv": csv_text(all_runs(records, groups)),
-        "results.tex": latex_report(records, groups, made),
+        "index.html": page(records, groups, figures, made, chains, parts),
+        "report.md": markdown_report(records, groups, figures, made, chains, parts),
+        "results.csv": csv_text(all_runs(records, groups)) if records else "",
+        "results.tex": "\n".join([latex_report(records, groups, made), *latex_parts(chains, parts)]),
+        "chains.csv": csv_text(seeds_table([g for part in parts for g in part.groups])) if chains else "",
     }
+    texts = {name: text for name, text in texts.items() if text}
     with disk_errors(out):
         (out / "plots").mkdir(parents=True, exist_ok=True)
     written = []
-    for picture in (p for section_pictures in figures.values() for p in section_pictures):
+    for picture in [p for found in (*figures.values(), *(part.pictures for part in parts)) for p in found]:
         written.append(out / "plots" / f"{picture.name}.png")
         write_bytes_atomic(written[-1], plots.png(picture.figure))
     for name, text in texts.items():
@@ -55,7 +63,12 @@ def build_report(run_roots: Sequence[Path], out: Path, *, now: datetime | None =
 
 
 def markdown_report(
-    records: Sequence[RunRecord], groups: Sequence[Section], figures: dict[int, list[Picture]], made: str
+    records: Sequence[RunRecord],
+    groups: Sequence[Section],
+    figures: dict[int, list[Picture]],
+    made: str,
+    chains: Sequence[ChainRecord] = (),
+    chain_sections: Sequence[ChainPart] = (),
 ) -> str:
     """Return the report for reading on a code host: the page's content, figures as links to plots/."""
     counted = sum(r.counted for r in records)
@@ -63,6 +76,7 @@ def markdown_report(
     lost = not_counted(records)
     if lost:
         parts.append(markdown(lost))
+    parts += markdown_parts(chains, chain_sections)
     for index, section in enumerate(groups):
         parts.append(f"## {escape_markdown(section_title(section))}")
         parts += [section_note(section)] if section_note(section) else []

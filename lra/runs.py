@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,11 +16,17 @@ from typing import Any
 
 from lra.base import strict_yaml
 from lra.base.errors import EXIT_OUT_OF_MEMORY, LraError, RunError
-from lra.records import Curve, Curves, Evaluation, RunRecord, Score, Status
+from lra.json_values import count as _count
+from lra.json_values import mapping as _mapping
+from lra.json_values import number as _number
+from lra.json_values import read_object as _read_json
+from lra.json_values import score as _score
+from lra.json_values import text as _text
+from lra.records import Curve, Curves, Evaluation, RunRecord, Status
 from lra.tables import clean
 
+CHAIN_FILE = "chain.json"
 RUN_FILES = ("result.json", "config.yaml", "metrics.jsonl", "environment.json")
-MAX_JSON_BYTES = 16 << 20
 MAX_LINE_BYTES = 1 << 16
 MAX_DEPTH = 6
 MAX_CLASSES = 1000
@@ -45,12 +50,13 @@ _FREE_KEYS = (
 )
 
 
-def find_runs(roots: Iterable[Path]) -> list[RunRecord]:
+def find_runs(roots: Iterable[Path], *, may_be_none: bool = False) -> list[RunRecord]:
     """Read every run beneath `roots`, sorted by path, each folder once.
 
     A root is a run's folder, a folder of such folders (MAX_DEPTH levels deep), or a result.json kept alone under
     another name, as in `results/`. A root that does not exist becomes a record with status "missing".
-    Raises RunError when there is nothing at all to report.
+    The stages of a chain are no runs of their own (lra/chain_records.py). Raises RunError when there is nothing at all
+    to report, unless `may_be_none`.
     """
     roots = [Path(r) for r in roots]
     places: dict[Path, RunRecord] = {}
@@ -60,7 +66,7 @@ def find_runs(roots: Iterable[Path]) -> list[RunRecord]:
             if resolved not in places:
                 places[resolved] = _read_place(place)
     records = [places[p] for p in sorted(places)]
-    if not any(r.status != "missing" for r in records):
+    if not may_be_none and not any(r.status != "missing" for r in records):
         named = ", ".join(clean(r) for r in roots) or "nothing"
         raise RunError(
             f"There is no run in {named}.",
@@ -72,10 +78,13 @@ def find_runs(roots: Iterable[Path]) -> list[RunRecord]:
 def _places(root: Path) -> list[Path]:
     """Run folders and bare result files beneath `root`; `root` itself where there is nothing to look into."""
     if not root.is_dir():
-        return [root]
+        return [] if root.is_file() and is_bare_chain(root) else [root]
     found: list[Path] = []
     for folder, subfolders, files in os.walk(root):
         here = Path(folder)
+        if CHAIN_FILE in files:
+            subfolders.clear()
+            continue
         if any(name in files for name in RUN_FILES):
             found.append(here)
             subfolders.clear()
@@ -84,6 +93,15 @@ def _places(root: Path) -> list[Path]:
         subfolders[:] = sorted(s for s in subfolders if not s.startswith(".")) if depth < MAX_DEPTH else []
         found += [here / f for f in sorted(files) if f.endswith(".json") and _is_bare_result(here / f)]
     return found
+
+
+def is_bare_chain(path: Path) -> bool:
+    """Whether a file is a chain.json, under whatever name."""
+    try:
+        value = _read_json(path)
+    except ValueError:
+        return False
+    return all(key in value for key in ("stages", "track", "task"))
 
 
 def _is_bare_result(path: Path) -> bool:
@@ -188,24 +206,6 @@ def _put(points: dict[int, float], step: int, value: object) -> None:
     number = _number(value)
     if number is not None:
         points[step] = number
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; raises ValueError with a sentence for anything else."""
-    try:
-        with open(path, "rb") as f:
-            data = f.read(MAX_JSON_BYTES + 1)
-    except OSError as e:
-        raise ValueError(f"It cannot be read ({e.strerror}).") from e
-    if len(data) > MAX_JSON_BYTES:
-        raise ValueError(f"It is larger than {MAX_JSON_BYTES:,} bytes.")
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as e:
-        raise ValueError("It is not whole JSON.") from e
-    if not isinstance(value, dict):
-        raise ValueError("It holds no JSON object.")
-    return value
 
 
 def _read_optional_json(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -339,18 +339,6 @@ def _from_result(
     )
 
 
-def _score(name: str, value: object) -> Score:
-    """A test score whose counts are possible and agree with its accuracy."""
-    entry = _mapping(value)
-    correct, total, step = (_count(entry.get(k)) for k in ("correct", "total", "step"))
-    if correct is None or total is None or total == 0 or correct > total:
-        raise ValueError(f"Its test counts of {clean(name)} are impossible.")
-    said = _number(entry.get("accuracy"))
-    if said is not None and abs(said - correct / total) > 1e-6:
-        raise ValueError(f"Its accuracy of {clean(name)} is not {correct:,} of {total:,}.")
-    return Score(step or 0, correct, total, _number(entry.get("loss")))
-
-
 def _confusion(value: object) -> tuple[tuple[int, ...], ...]:
     """A square matrix of counts, or () for anything else: it is shown, nothing is computed from it but scores."""
     if not isinstance(value, list) or len(value) > MAX_CLASSES:
@@ -360,27 +348,3 @@ def _confusion(value: object) -> tuple[tuple[int, ...], ...]:
         return ()
     checked = tuple(tuple(v for v in row if v is not None) for row in rows)
     return checked if all(len(row) == len(value) for row in checked) else ()
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _text(value: object) -> str | None:
-    return clean(value) or None if isinstance(value, str) else None
-
-
-def _count(value: object) -> int | None:
-    """A non-negative integer that any format can print, or None."""
-    return value if type(value) is int and 0 <= value < 1 << 62 else None
-
-
-def _number(value: object) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None

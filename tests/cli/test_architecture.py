@@ -21,7 +21,7 @@ FLOORS = [
      "lra.published", "lra.runs", "lra.records", "lra.report_tables", "lra.run_tables", "lra.summary", "lra.page",
      "lra.sweep_jobs", "lra.sweep_marks", "lra.sweep_pool", "lra.sweep_slurm", "lra.sweep_view", "lra.sweep",
      "lra.chain", "lra.chain_plan", "lra.export", "lra.robustness", "lra.reproduce", "lra.attention_view",
-     "lra.chain_records", "lra.chain_tables", "lra.chain_figures", "lra.chain_page", "lra.rivals",
+     "lra.chain_records", "lra.chain_tables", "lra.chain_figures", "lra.chain_page", "lra.rivals", "lra.json_values",
      "lra.bench_cases", "lra.bench_padded", "lra.bench_worker", "lra.bench_report", "lra.bench_training",
      "lra.comparison"],
     ["lra.commands"],
