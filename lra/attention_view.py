@@ -46,10 +46,16 @@ class Scene:
     drawn: PathfinderImage
 
     @property
+    def path(self) -> int:
+        """Which of the two targets has the markers: 0 or 1. It begins in the first one."""
+        starts = [target[0, 0] for target in self.drawn.targets]
+        return int(np.argmin([np.abs(start - np.array(self.drawn.markers[0])).sum() for start in starts]))
+
+    @property
     def points(self) -> np.ndarray:
         """(P, 2) int64 pixels (y, x): the first marker, the middle of each paddle along the path, the other marker."""
         first, last = (np.array([marker], np.float64) for marker in self.drawn.markers)
-        points = np.concatenate((first, self.drawn.targets[0].mean(1), last)).round().astype(np.int64)
+        points = np.concatenate((first, self.drawn.targets[self.path].mean(1), last)).round().astype(np.int64)
         return points.clip(0, self.drawn.image.shape[0] - 1)
 
 
@@ -112,7 +118,9 @@ def view(model: Classifier, config: RunConfig, scene: Scene, data: Data, device:
         hook.remove()
     weights_DHPL = torch.stack(found)[..., : side * side].cpu()
     owner_L = torch.from_numpy(scene.drawn.owners.astype(np.int64)).flatten()
-    kind_L = torch.where(owner_L == 0, 3, (owner_L - 1).clamp(max=2))
+    # Owners: 0 background, 1 and 2 the targets. Kinds: as in `shares`.
+    kind_of = torch.tensor([3, 0, 1, 2] if scene.path == 0 else [3, 1, 0, 2])
+    kind_L = kind_of[owner_L.clamp(max=3)]
     peak_DHP = weights_DHPL.argmax(-1)
     return {
         "image": torch.from_numpy(scene.drawn.image.copy()),

@@ -15,7 +15,6 @@ import numpy as np
 from lra.chain_records import CHANCE, TRACKS, ChainGroup, ChainRecord
 from lra.plots import COLOURS, FAINT, INK, MARKERS, style
 from lra.published import Published
-from lra.report_tables import title
 from lra.rivals import marks
 from lra.tables import clean
 
@@ -125,11 +124,11 @@ def _marks(axes: Axes, published: Sequence[Published]) -> None:
         below = row.percent > 90
         axes.annotate(
             f"{row.text} {row.method}",
-            (1.0, row.percent),
+            (0.0, row.percent),
             xycoords=("axes fraction", "data"),
-            xytext=(-3, -3 if below else 3),
+            xytext=(3, -3 if below else 3),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             va="top" if below else "bottom",
             fontsize=7.5,
         )
@@ -207,4 +206,4 @@ def _endpoints(axes: Axes, view: View) -> None:
 
 def view_caption(chain: ChainRecord, view: View) -> str:
     """Return what a picture of attention shows, for its caption."""
-    return f"{clean(chain.name)}, one connected {title(chain.task)} image of the test set; {view.answer}"
+    return f"{clean(chain.name)}, a connected test image; {view.answer}"

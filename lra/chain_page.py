@@ -23,15 +23,15 @@ NOTE = (
     "images only. Open: two-dimensional positions, flips and turns, easier sets as a curriculum."
 )
 CURVES = (
-    "Validation accuracy over GPU minutes, a line a seed: all work of earlier stages and training until then. Solid: "
-    "on the task itself; dotted with hollow marks: on the smaller images of an earlier stage; star: the final test, "
-    "after all work; dotted line: chance; dashed: published"
+    "Validation accuracy over GPU minutes: all work of earlier stages, and training until then; a line a seed. Solid: "
+    "the task itself; dotted: smaller images of an earlier stage; star: the final test. Dotted line: chance; dashed: "
+    "published"
 )
 GRID = (
-    "Attention of the first marker (circle) in every layer and head; orange: the root of its share; percent: share of "
+    "Where the first marker (circle) looks, layer by layer; orange: the root of the attention. Percent: how much of "
+    "their attention all points of the path spend on it"
 )
-GRID += "the attention of all points of the path that falls on the path; square: the other marker"
-ARROWS = "From the marker along the path: each arrow leads from a point of the path to the pixel that it looks at most"
+ARROWS = "From the marker (circle) along the path: an arrow from each point to the pixel that it looks at most"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def shares_table(chain: ChainRecord, view: View) -> Table:
         for layer in range(view.shares.shape[0])
         for head in range(view.shares.shape[1])
     )
-    columns = (Column("Where", "left"), *(Column(f"{owner} (%)", best="max") for owner in OWNERS))
+    columns = (Column("Where", "left"), *(Column(f"{owner} (%)") for owner in OWNERS))
     note = f"{chain.name}: mean over the points along the path of the image drawn above."
     return Table("On what a path's points spend their attention", columns, rows, note)
 

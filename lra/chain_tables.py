@@ -14,7 +14,7 @@ from lra.report_tables import percent, plural, title
 from lra.rivals import marks, rivals
 from lra.tables import Cell, Column, Table, Value, without_empty_columns
 
-OWN_SETS = "Ours are on the project's own generated sets; published numbers are on the released ones."
+OWN_SETS = "Ours are on our own generated sets, published ones on the release."
 PROBE_TITLES = {"contour_length": "contour length", "num_distractors": "distractors"}
 
 
@@ -43,9 +43,8 @@ def overview(groups: Sequence[ChainGroup]) -> Table:
         Column("Published (%)", "left"),
     )
     note = (
-        "Brackets: 95 % interval, Student's t over seeds, or Wilson's of the test set where there is one seed. GPU "
-        "minutes are of all stages and GPUs, tests and attempts given up included, as the mean over counted seeds; "
-        f"restarts and losses are summed over all seeds. {OWN_SETS}"
+        "Brackets: 95 % interval, Student's t over seeds, or Wilson's of the test set with one seed. GPU minutes: all "
+        f"stages, tests and attempts given up; mean over counted seeds. Restarts and losses: all seeds. {OWN_SETS}"
     )
     return Table("Test accuracy and cost", columns, tuple(_overview_row(g) for g in groups), note)
 
@@ -59,7 +58,7 @@ def _overview_row(group: ChainGroup) -> tuple[Value, ...]:
     known = [f"{row.text} {row.method}" for row in marks(group.task, group.track)]
     num_chance = sum(c.at_chance for c in counted)
     return (
-        Cell(f"{group.track}{share}", (first.recipe, stage_line(first))),
+        Cell(f"{group.track}{share}", (first.recipe, *stage_lines(first))),
         _accuracy(group),
         sum(c.minutes("total") for c in counted) / len(counted) if counted else None,
         Cell(f"{sum(c.restarts for c in group.chains)} in {plural(len(group.chains), 'seed')}"),
@@ -70,9 +69,9 @@ def _overview_row(group: ChainGroup) -> tuple[Value, ...]:
     )
 
 
-def stage_line(chain: ChainRecord) -> str:
-    """Return a chain's stages in a line."""
-    return " > ".join(f"{title(s.task)} ({s.steps:,} steps)" for s in chain.stages)
+def stage_lines(chain: ChainRecord) -> list[str]:
+    """Return a chain's stages, a line each."""
+    return [f"{title(s.task)}, {s.steps:,} steps, {s.attention}" for s in chain.stages]
 
 
 def _accuracy(group: ChainGroup) -> Cell:
@@ -87,7 +86,7 @@ def _accuracy(group: ChainGroup) -> Cell:
     seeds = sorted((c.test.accuracy for c in counted if c.test), reverse=True)
     notes = [f"[{100 * max(low, 0.0):.2f}, {100 * min(high, 1.0):.2f}]", f"{plural(len(counted), 'seed')}"]
     if len(seeds) > 1:
-        notes.append("/ ".join(f"{100 * a:.2f}" for a in seeds))
+        notes.append(", ".join(f"{100 * a:.2f}" for a in seeds))
     notes.append(f"{score.total:,} images each")
     return Cell(f"{100 * summary.mean:.2f}", tuple(notes), 100 * summary.mean)
 
@@ -168,9 +167,8 @@ def probe_table(groups: Sequence[ChainGroup]) -> Table | None:
         rows.append((f"{PROBE_TITLES.get(kind, kind)} {value}", *cells))
     columns = (Column("Set", "left"), *(Column(f"{c.name} (%)") for c in chains))
     note = (
-        "The finished model on generated sets that differ from its own in the one number named (Path-X is made with "
-        "contour length 14). A model that follows the path keeps its accuracy; one that counts paddles or has learned "
-        "one length falls to chance or below. Red: not above chance."
+        "The finished model on generated sets that differ from its own in the one number named; its own have contour "
+        "length 14. Tracing keeps its accuracy; counting, or one learned length, falls to chance or below (red)."
     )
     return Table("Does it trace or count? Accuracy on other sets", columns, tuple(rows), note)
 
@@ -185,7 +183,7 @@ def _probe_cell(score: Score | None) -> Cell | None:
         return None
     low, high = statistics.wilson_interval(score.correct, score.total)
     chance = statistics.stuck_at_chance(score.correct, score.total, CHANCE)
-    note = (f"[{percent(low)}, {percent(high)}]", f"of {score.total:,}")
+    note = (f"[{percent(low)}, {percent(high)}] of {score.total:,}",)
     return Cell(f"{100 * score.accuracy:.1f}", note, 100 * score.accuracy, "bad" if chance else "")
 
 

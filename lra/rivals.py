@@ -34,7 +34,7 @@ COSTS: dict[tuple[str, str], Cost] = {
         480.0,
         "up to 480 a phase, two phases",
         "V100 or RTX 3090",
-        "its appendix C: at most 5 days on 4 GPUs a phase; attention within blocks of 4,096 and their neighbours",
+        "its appendix C: at most 5 days on 4 GPUs a phase",
     ),
     ("pathx", "S4"): Cost(47.0, "47", "A100", "its notes on experiments: 50 epochs of 56 minutes, 92 % after 10"),
     ("pathx", "MEGA"): Cost(None, NOT_STATED, "8 x A100", "its README: 125,000 updates of 128 images"),

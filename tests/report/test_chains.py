@@ -34,7 +34,7 @@ def summary(accuracy: float, total: int = TOTAL) -> dict[str, Any]:
     return {"correct": correct, "total": total, "accuracy": correct / total, "interval": interval, "loss": 0.1}
 
 
-def stage(name: str, task: str, goal: float, minutes: float, lost: float = 0.0, **changes: Any) -> dict[str, Any]:
+def stage(name: str, task: str, goal: float, minutes: float, *, lost: float = 0.0, **changes: Any) -> dict[str, Any]:
     """A finished stage whose validations rise to `goal`."""
     accuracies = [0.5 + (goal - 0.5) * min(1.0, 1.3 * i / 8) for i in range(1, 9)]
     curve = [{"step": 400 * i, "gpu_minutes": minutes * i / 8, "accuracy": a, "loss": 0.3, "total": 2000}
@@ -60,7 +60,7 @@ def write_chain(
         "format": 1, "name": folder.name, "recipe": f"{task}-{track}", "task": task, "track": track, "seed": seed,
         "status": "finished", "reason": None, "test": summary(goal), "probes": probes if track == "open" else {},
         "epochs_share": 0.1 if track == "paper" else None, "restarts": int(lost > 0),
-        "stages": [stage("small", "path64", goal - 0.05, minutes / 3, lost), stage("long", task, goal, minutes)],
+        "stages": [stage("small", "path64", goal - 0.05, minutes / 3, lost=lost), stage("long", task, goal, minutes)],
         "environment": {"gpu": "NVIDIA H200"}, "num_processes": 1, "commit": "0123abc", "date": "2026-11-20T09:00:00Z",
     }  # fmt: skip
     value |= changes
@@ -96,10 +96,10 @@ def write_view(folder: Path, depth: int = 6, heads: int = 2, side: int = 128) ->
             maps[layer, head] = np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 20.0)
     maps /= maps.sum((2, 3), keepdims=True)
     peaks = np.broadcast_to(np.roll(points, -1, 0), (depth, heads, 16, 2)).copy()
-    shares = np.tile(np.float32([0.6, 0.1, 0.1, 0.2]), (depth, heads, 1))
+    shares = np.tile(np.array([0.6, 0.1, 0.1, 0.2], np.float32), (depth, heads, 1))
     save_file(
         {"image": image, "points": points, "from_marker": maps.astype(np.float16), "peaks": peaks, "shares": shares,
-         "logits": np.float32([-2.0, 2.0])},
+         "logits": np.array([-2.0, 2.0], np.float32)},
         folder / VIEW_FILE,
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, goal in ((1, 0.984), (2, 0.989), (3, 0.979)):
         write_chain(root, "open", seed, goal, lost=1.5 if seed == 2 else 0.0)
     write_view(root / "pathx-open-s2")
-    waiting = {"status": "waiting", "test": None, "curve": [], "gpu_minutes": {}}
+    waiting: dict[str, Any] = {"status": "waiting", "test": None, "curve": [], "gpu_minutes": {}}
     stages = [stage("small", "path64", 0.93, 3.0), stage("long", "pathx", 0.9, 9.0, **waiting)]
     folder = write_chain(root, "open", 4, 0.5, status="stopped", reason="Time is over.", test=None, stages=stages)
     write_log(folder / "long", [0.69, 0.6, 0.5], 0.8)
