@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 VIEW_FILE = "attention.safetensors"
 EXACT = (Standard, Flash, BlockSparse, Sdpa)
+NEAR = 1.5
+"""Pixels from a paddle's middle line that count as the paddle; twice as many around a marker."""
 CANDIDATES = 200
 """Images of the test split that are looked through for a connected one."""
 
@@ -57,6 +59,24 @@ class Scene:
         first, last = (np.array([marker], np.float64) for marker in self.drawn.markers)
         points = np.concatenate((first, self.drawn.targets[self.path].mean(1), last)).round().astype(np.int64)
         return points.clip(0, self.drawn.image.shape[0] - 1)
+
+    @property
+    def kinds(self) -> np.ndarray:
+        """(S, S) int64: 0 the markers' own path and both markers, 1 the other target, 2 distractors, 3 background.
+
+        By distance from the middle lines: faint paddles of the path count as the bright ones do.
+        """
+        y, x = np.mgrid[: self.drawn.image.shape[0], : self.drawn.image.shape[0]]
+        kinds = np.full(y.shape, 3, np.int64)
+        own, other = self.drawn.targets[self.path], self.drawn.targets[1 - self.path]
+        along = np.linspace(0.0, 1.0, 11)[:, None, None]
+        for kind, paths in ((2, self.drawn.distractors), (1, (other,)), (0, (own,))):
+            for path in paths:
+                for cy, cx in ((1 - along) * path[:, 0] + along * path[:, 1]).reshape(-1, 2):
+                    kinds[(y - cy) ** 2 + (x - cx) ** 2 <= NEAR**2] = kind
+        for cy, cx in self.drawn.markers:
+            kinds[(y - cy) ** 2 + (x - cx) ** 2 <= (2 * NEAR) ** 2] = 0
+        return kinds
 
 
 def write_view(run: RunDir, config: RunConfig, world: World, folders: Sequence[Path]) -> bool:
@@ -117,10 +137,7 @@ def view(model: Classifier, config: RunConfig, scene: Scene, data: Data, device:
     for hook in hooks:
         hook.remove()
     weights_DHPL = torch.stack(found)[..., : side * side].cpu()
-    owner_L = torch.from_numpy(scene.drawn.owners.astype(np.int64)).flatten()
-    # Owners: 0 background, 1 and 2 the targets. Kinds: as in `shares`.
-    kind_of = torch.tensor([3, 0, 1, 2] if scene.path == 0 else [3, 1, 0, 2])
-    kind_L = kind_of[owner_L.clamp(max=3)]
+    kind_L = torch.from_numpy(scene.kinds).flatten()
     peak_DHP = weights_DHPL.argmax(-1)
     return {
         "image": torch.from_numpy(scene.drawn.image.copy()),

@@ -93,7 +93,7 @@ def shares_table(chain: ChainRecord, view: View) -> Table:
         for head in range(view.shares.shape[1])
     )
     columns = (Column("Where", "left"), *(Column(f"{owner} (%)") for owner in OWNERS))
-    note = f"{chain.name}: mean over the points along the path of the image drawn above."
+    note = f"{chain.name}: mean over the points along the path of the image drawn above; pixels within 1.5 of a paddle."
     return Table("On what a path's points spend their attention", columns, rows, note)
 
 
