@@ -183,17 +183,20 @@ def sweep_command(args: argparse.Namespace) -> None:
 
 def reproduce_command(args: argparse.Namespace) -> None:
     """Run a chain of stages, or print it."""
-    from lra import experiment
     from lra.chain import chain_path, load_chain
-    from lra.reproduce import run_chain
 
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed} is no seed.", "Give 0 or more.")
     chain = load_chain(chain_path(args.task, args.track), args.overrides, args.seed, args.out, args.task)
     if args.dry_run:
-        for config in chain.configs:
-            print(f"{config.name}: {config.task.name}\n{experiment.dry_run(config)}")
+        import torch
+
+        from lra.chain_plan import plan
+
+        print(plan(chain, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
         return
+    from lra.reproduce import run_chain
+
     result = run_chain(chain, args.minutes)
     if is_main_process():
         print_chain(result, chain.folder)
