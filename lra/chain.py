@@ -19,7 +19,6 @@ from lra.base.strict_yaml import KeyPath
 from lra.config import NAME_PATTERN, Positive, RunConfig, Section
 from lra.recipes import CONFIGS, explain, load_config, nearest, parse_override, set_path
 from lra.transfer import misfits
-from tasks.registry import get
 
 TRACKS = ("paper", "sequence", "open")
 # What the chain itself decides in every stage.
@@ -118,6 +117,11 @@ def load_chain(
     folder = out or Path("runs") / f"{file.name}-s{seed}"
     configs = tuple(stage_config(file, index, of_stages, seed, folder) for index in range(len(file.stages)))
     check_stages(file, configs)
+    if task is not None and configs[-1].task.name != task:
+        raise ConfigError(
+            f"The last stage is on {configs[-1].task.name}, and the chain is asked for {task}.",
+            "Leave the task of the last stage as it is; `train` takes any recipe.",
+        )
     return Chain(file, task or configs[-1].task.name, seed, folder, configs)
 
 
@@ -196,8 +200,9 @@ def check_stages(file: ChainFile, configs: Sequence[RunConfig]) -> None:
             raise ConfigError(
                 f"Stage {config.name} has 2-D positions in the {file.track} track.", f"{OPEN_ONLY}: open."
             )
-        if file.track == "sequence" and get(config.task.name) is not get(configs[-1].task.name):
+        if file.track == "sequence" and config.task != configs[-1].task:
             raise ConfigError(
-                f"Stage {config.name} trains on {config.task.name} in the sequence track.",
+                f"Stage {config.name} trains on another set of {config.task.name} than the last one in the sequence "
+                "track.",
                 f"{OPEN_ONLY} belong to the open track.",
             )

@@ -55,6 +55,8 @@ class StageRecord:
     minutes: Mapping[str, float]
     images_per_s: float | None
     curve: tuple[Point, ...]
+    options: str = ""
+    """Where the stage's set is not the task's own: the generator's options that differ."""
     at_ln2: bool = False
     """Its newest lines of the log all have a loss of ln 2."""
 
@@ -246,6 +248,7 @@ def _stage(value: Mapping[str, Any]) -> StageRecord:
         minutes={kind: number(minutes.get(kind)) or 0.0 for kind in MINUTES},
         images_per_s=number(value.get("images_per_s")),
         curve=tuple(Point(m, a) for m, a in curve if m is not None and a is not None),
+        options=", ".join(f"{clean(k)}={clean(v)}" for k, v in sorted(mapping(value.get("options")).items())),
     )
 
 
@@ -300,7 +303,7 @@ def chain_groups(chains: Sequence[ChainRecord]) -> list[ChainGroup]:
     for chain in chains:
         if chain.status == "corrupt":
             continue
-        stages = tuple((s.name, s.task, s.steps, s.images, s.attention, s.limit_eval) for s in chain.stages)
+        stages = tuple((s.name, s.task, s.steps, s.images, s.attention, s.limit_eval, s.options) for s in chain.stages)
         track = TRACKS.index(chain.track) if chain.track in TRACKS else len(TRACKS)
         key = (chain.task, track, chain.track, chain.recipe, chain.epochs_share or 0.0, stages)
         groups[key].append(chain)

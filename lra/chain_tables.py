@@ -71,7 +71,8 @@ def _overview_row(group: ChainGroup) -> tuple[Value, ...]:
 
 def stage_lines(chain: ChainRecord) -> list[str]:
     """Return a chain's stages, a line each."""
-    return [f"{title(s.task)}, {s.steps:,} steps, {s.attention}" for s in chain.stages]
+    others = [f" ({s.options})" if s.options else "" for s in chain.stages]
+    return [f"{title(s.task)}{o}, {s.steps:,} steps, {s.attention}" for s, o in zip(chain.stages, others, strict=True)]
 
 
 def _accuracy(group: ChainGroup) -> Cell:

@@ -198,6 +198,7 @@ def stage_summary(chain: Chain, index: int, num_gpus: int) -> dict[str, Any]:
         "restarts": len(given_up),
         "attempts": given_up,
         "limit_eval": config.data.limit_eval,
+        "options": changed_options(config),
         "attention": config.attention.backend,
         "images_per_s": None if not steps_per_s else steps_per_s * config.train.batch_size,
         "gpu_minutes": minutes,
@@ -206,6 +207,12 @@ def stage_summary(chain: Chain, index: int, num_gpus: int) -> dict[str, Any]:
 
 
 TIMES = {"training": "train_s", "evaluation": "eval_s"}
+
+
+def changed_options(config: RunConfig) -> dict[str, Any]:
+    """Return the options of a stage's set that are not the task's own: another contour length is another test."""
+    fields = type(config.task).model_fields
+    return {key: value for key, value in config.task.model_dump().items() if value != fields[key].default}
 
 
 def start_up_seconds(run: RunDir) -> float:

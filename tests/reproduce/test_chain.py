@@ -12,6 +12,7 @@ import pytest
 
 from lra import chain as chains
 from lra import reproduce, train_log
+from lra.attention_view import VIEW_FILE
 from lra.base.errors import ConfigError, MemoryShortError, RunError, Stopped
 from lra.chain import Chain, chain_path, load_chain
 from lra.experiment import run_evaluation
@@ -82,6 +83,8 @@ def test_a_chain_runs_to_the_end_and_a_second_call_trains_nothing(
     scores = run_evaluation(weights.path, changed, None, "last", False)
     assert (scores["accuracy"], scores["loss"]) == (result["test"]["accuracy"], result["test"]["loss"])
     assert sum(f.stat().st_size for f in weights.path.rglob("*.safetensors")) < 1_000_000
+    assert json.loads((weights.path / "chain.json").read_text()) == result
+    assert (out / VIEW_FILE).read_bytes() == (weights.path / VIEW_FILE).read_bytes()
 
 
 @pytest.mark.parametrize("place", [1, 4])
@@ -105,6 +108,31 @@ def test_a_chain_broken_off_and_moved_is_the_undisturbed_one(
     result = run_chain(load(chain_file, sets, tmp_path / "elsewhere"))
     assert result["status"] == "finished"
     assert last_loss(tmp_path / "elsewhere") == last_loss(tmp_path / "whole")
+
+
+def test_hidden_tokens_are_guessed_in_one_stage_alone(chain_file: Path, sets: Path, tmp_path: Path) -> None:
+    """The guessing layer stays behind; the stage after it begins with all other weights."""
+    guess = "small.train.denoise={rate: 0.5, weight: 1.0, until: 1.0}"
+    result = run_chain(load(chain_file, sets, tmp_path / "c", guess))
+    assert result["status"] == "finished"
+    assert result["stages"][0]["num_parameters"] == result["stages"][1]["num_parameters"] + 32 + 256 * 33
+    back = run_chain(load(chain_file, sets, tmp_path / "d", guess.replace("small", "large")))
+    assert back["status"] == "finished"
+
+
+def test_a_chain_that_fails_says_so_and_keeps_what_is_known(
+    chain_file: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        known = json.loads((tmp_path / "c/chain.json").read_text())
+        assert known["status"] == "unfinished" and known["stages"][0]["status"] == "waiting"
+        raise RunError("The disk is gone.", "Find it.")
+
+    monkeypatch.setattr(reproduce, "run_stage", fail)
+    with pytest.raises(RunError):
+        run_chain(load(chain_file, sets, tmp_path / "c"))
+    known = json.loads((tmp_path / "c/chain.json").read_text())
+    assert (known["status"], known["reason"], known["test"]) == ("failed", "The disk is gone.", None)
 
 
 def test_compiling_is_told_apart_from_steps(tmp_path: Path) -> None:
@@ -199,8 +227,20 @@ def test_tracks_keep_their_rules(tmp_path: Path) -> None:
             "]}", ", data.dihedral=false, model.positions=rotary]}", 2
         )
     )
-    with pytest.raises(ConfigError, match="trains on pathfinder in the sequence track"):
+    with pytest.raises(ConfigError, match="another set of pathfinder than the last one in the sequence"):
         load_chain(path)
+
+
+def test_a_chain_ends_on_the_task_that_was_asked_for() -> None:
+    with pytest.raises(ConfigError, match="last stage is on path64, and the chain is asked for pathx"):
+        load_chain(chain_path("pathx", "open"), ["long.task=path64"], task="pathx")
+
+
+def test_easier_images_are_another_set(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="another set of pathx"):
+        load_chain(chain_path("pathx", "sequence"), ["denoise.task.contour_length=6"], task="pathx")
+    (config,) = load_chain(chain_path("pathx", "open"), ["long.task.contour_length=9"], task="pathx").configs[-1:]
+    assert reproduce.changed_options(config) == {"contour_length": 9}
 
 
 def test_a_track_without_a_chain_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
