@@ -25,6 +25,7 @@ VIEW_FILE = "attention.safetensors"
 MINUTES = ("training", "evaluation", "compilation", "given_up")
 CHANCE = 0.5
 """All tasks of chains have two labels of equal chance."""
+CHAIN_FORMAT = 1
 STATUSES = ("finished", "stopped", "failed", "unfinished")
 TRACKS = ("paper", "sequence", "open")
 STUCK_BAND, STUCK_LINES = (0.6925, 0.6945), 5
@@ -196,6 +197,8 @@ def read_chain(path: Path) -> ChainRecord:
 def _from_json(path: Path, name: str, value: Mapping[str, Any]) -> ChainRecord:
     status = text(value.get("status")) or "corrupt"
     stages = value.get("stages")
+    if (count(value.get("format")) or 1) > CHAIN_FORMAT:
+        raise ValueError(f"It has format {count(value['format'])}, newer than {CHAIN_FORMAT}: update the suite.")
     if status not in STATUSES or not isinstance(stages, list) or not stages:
         raise ValueError("It names no status and stages of a chain.")
     test = None if value.get("test") is None else score("the test", value["test"])

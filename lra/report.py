@@ -72,7 +72,10 @@ def markdown_report(
 ) -> str:
     """Return the report for reading on a code host: the page's content, figures as links to plots/."""
     counted = sum(r.counted for r in records)
-    parts = ["# Long-Range Arena report", f"{made}. {plural(counted, 'run')} counted, {len(records) - counted} not."]
+    whole = sum(c.counted for c in chains)
+    tally = f" {plural(counted, 'run')} counted, {len(records) - counted} not." if records else ""
+    tally += f" {plural(whole, 'chain')} counted, {len(chains) - whole} not." if chains else ""
+    parts = ["# Long-Range Arena report", f"{made}.{tally}"]
     lost = not_counted(records)
     if lost:
         parts.append(markdown(lost))

@@ -19,6 +19,7 @@ from lra.base.console import info
 from lra.base.errors import LraError, RunError, Stopped
 from lra.base.files import write_json_atomic
 from lra.chain import Chain, chain_path, load_chain
+from lra.chain_records import CHAIN_FORMAT
 from lra.config import RunConfig
 from lra.distributed import World, join_world
 from lra.experiment import build_on_meta, run_training
@@ -30,7 +31,6 @@ from lra.restarts import attempts, lost_seconds
 from lra.robustness import probe_model
 from lra.run_dir import RunDir, environment, now, read_json
 
-CHAIN_FORMAT = 1
 GO_ON = "Give the same command again: it goes on from there, on any machine that has the folder."
 
 

@@ -82,7 +82,10 @@ class RunDir:
         """Read the resolved config back."""
         path = self.path / "config.yaml"
         if not path.is_file():
-            raise RunError(f"{self.path} is not a run: it has no config.yaml.", "Give the folder of a run.")
+            remedy = "Give the folder of a run."
+            if (self.path / "chain.json").is_file():
+                remedy = "It is a chain: give the folder of one of its stages, or its folder weights."
+            raise RunError(f"{self.path} is not a run: it has no config.yaml.", remedy)
         return load_config(str(path))
 
     def check_resume(self, config: RunConfig) -> None:

@@ -21,6 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lra.report import build_report
+from tests.report.test_chains import chains as chains
+
 pytestmark = pytest.mark.browser
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
@@ -143,6 +146,23 @@ def test_page_is_no_wider_than_a_phone(browse: Browse, page: Path, tmp_path: Pat
         encoding="utf-8",
     )
     assert "width 400 of 400" in browse(probe, "--dump-dom", "--virtual-time-budget=5000")
+
+
+def test_pictures_of_attention_are_shown_and_nothing_is_fetched(
+    browse: Browse, requests: list[str], chains: Path, tmp_path: Path
+) -> None:
+    build_report([chains], tmp_path / "report")
+    page = tmp_path / "report" / "index.html"
+    document = browse(page, "--dump-dom")
+    assert document.count("<svg ") == 4 and document.count("data:image/png") == 24
+    assert not re.search(r'\b(?:src|srcset|href|action|data)="(?!#|data:image/png;base64,)', document)
+    assert [r for r in requests[1:] if not OWN_HOSTS.search(r)] == []
+    shot = tmp_path / "page.png"
+    browse(page, "--window-size=1280,3200", f"--screenshot={shot}")
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    # The orange of attention: blocked pictures would leave only thin lines of that colour.
+    orange = (pixels[..., 0] > 190) & (pixels[..., 2] < 90) & (pixels[..., 1] < 160)
+    assert orange.sum() > 2500
 
 
 def test_page_prints_every_run(browse: Browse, page: Path, tmp_path: Path) -> None:

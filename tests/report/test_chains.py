@@ -235,7 +235,14 @@ def test_heat_keeps_the_image_where_nobody_looks() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"stages": "x"}, {"stages": []}, {"test": {"correct": 5, "total": 4}}, {"status": 3}, {"probes": {"a": 1}}],
+    [
+        {"stages": "x"},
+        {"stages": []},
+        {"test": {"correct": 5, "total": 4}},
+        {"status": 3},
+        {"probes": {"a": 1}},
+        {"format": 2},
+    ],
 )
 def test_hostile_chains_are_corrupt_and_nothing_more(change: dict[str, Any], tmp_path: Path) -> None:
     write_chain(tmp_path, "open", 1, 0.9, **change)
