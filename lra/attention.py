@@ -21,6 +21,8 @@ from lra.config import AttentionConfig
 from lra.packing import Packed, pack_info, pad, take_rows, unpad
 from tasks.batches import Keys
 
+DEFAULT_BLOCK = 64
+
 
 class KeyRows(NamedTuple):
     """The rows of the packed batch that serve as keys, and where each sequence's lie among them.
@@ -60,6 +62,11 @@ class Backend(nn.Module):
 
     def __init__(self, config: AttentionConfig, num_heads: int, head_dim: int, max_length: int) -> None:
         super().__init__()
+
+    @classmethod
+    def why_not_recorded(cls, config: AttentionConfig, q_THD: Tensor) -> str | None:
+        """Return why CUDA graphs cannot record it on tensors like q_THD, in words, or None if they can."""
+        return None if cls.static else "its attention asks the host for values"
 
     def forward(
         self,
@@ -165,6 +172,11 @@ class Flash(Backend):
         super().__init__(config, num_heads, head_dim, max_length)
         self.deterministic = config.deterministic
 
+    @classmethod
+    def why_not_recorded(cls, config: AttentionConfig, q_THD: Tensor) -> str | None:
+        """Return why CUDA graphs cannot record it: the tiled PyTorch form reads the sequences' offsets on the host."""
+        return ak.why_not(q_THD, q_THD, q_THD)
+
     def forward(
         self,
         q_THD: Tensor,
@@ -206,6 +218,12 @@ class BlockSparse(Backend):
         super().__init__(config, num_heads, head_dim, max_length)
         self.deterministic = config.deterministic
         self.layout = make_layout(config, max_length)
+
+    @classmethod
+    def why_not_recorded(cls, config: AttentionConfig, q_THD: Tensor) -> str | None:
+        """Return why CUDA graphs cannot record it: the tiled PyTorch form reads the sequences' offsets on the host."""
+        block = config.block or DEFAULT_BLOCK
+        return ak.why_not(q_THD, q_THD, q_THD, layout=BlockLayout.dense(block, block_size=block))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparse:
         """Take the layout along when the module moves to another device."""
@@ -260,7 +278,7 @@ class Sdpa(_Padded):
 
 def make_layout(config: AttentionConfig, length: int) -> BlockLayout:
     """Return the block layout that the recipe names over `length` rows."""
-    block = config.block or 64
+    block = config.block or DEFAULT_BLOCK
     # On the CPU whatever the default device: layouts are built from their entries, which a meta tensor lacks.
     with torch.device("cpu"):
         return _layout(config, length, block)

@@ -235,9 +235,9 @@ class TrainConfig(Section):
     compile: bool | Literal["auto"] = "auto"
     """torch.compile over the model. auto: on a GPU, for runs of 1,000 steps or more with an attention that it traces
     whole; shorter runs would not win back the compilation. It draws other dropout masks than the plain form."""
-    cuda_graph: Literal["auto", "off"] = "auto"
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
     """auto: on one GPU the whole step (forward, backward, clipping, update) is recorded once for each size of batch and
-    replayed, with the same bits; without effect under fp16, accumulate, or an attention that asks the host."""
+    replayed, with the same bits; not under fp16, accumulate, or an attention that asks the host. on: an error there."""
     deterministic: bool = False
     """Deterministic algorithms everywhere; with the same GPU, software and world size runs are bit-equal."""
     log_every: Positive = 50

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lra.base.console import warn
 from lra.base.errors import RunError
 from tasks.batches import Batch
 
@@ -36,26 +38,24 @@ class Graphs:
     """Runs a step by replaying its recording for the batch's size, recorded at that size's third time.
 
     All recordings share one pool of memory: nothing in it outlives a replay, for what a step leaves behind (weights,
-    averages, numbers) was allocated before.
+    averages, numbers) was allocated before. Where a step cannot be recorded, all go on plainly, which is told once;
+    `demanded` makes it a RunError.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, demanded: bool = False) -> None:
+        self.device, self.demanded = device, demanded
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.seen: Counter[tuple[int, ...]] = Counter()
         self.recorded: dict[tuple[int, ...], _Recorded] = {}
+        self.given_up = False
 
     def run(self, batch: Batch, work: Work) -> None:
         """Do `work` on the batch, which may still be in (pinned) host memory."""
-        size = size_of(batch)
-        found = self.recorded.get(size)
+        found = self._recording_of(batch, work)
         if found is None:
-            self.seen[size] += 1
-            if self.seen[size] <= WARM_UP:
-                work([batch.to(self.device)])
-                return
-            found = self.recorded[size] = self._record(batch, work)
+            work([batch.to(self.device)])
+            return
         tensors = batch.tensors()
         for i, (target, source) in enumerate(zip(found.batch.tensors(), tensors, strict=True)):
             if source is not found.filled_from[i]:
@@ -63,26 +63,69 @@ class Graphs:
         found.filled_from = tensors
         found.graph.replay()
 
+    def _recording_of(self, batch: Batch, work: Work) -> _Recorded | None:
+        """Return the recording of the batch's size, made now if it is time; None: run this step plainly."""
+        size = size_of(batch)
+        if self.given_up or size in self.recorded:
+            return self.recorded.get(size)
+        self.seen[size] += 1
+        if self.seen[size] <= WARM_UP:
+            return None
+        try:
+            self.recorded[size] = self._record(batch, work)
+        except RuntimeError as e:
+            cause = f"A training step could not be recorded as a CUDA graph ({str(e).splitlines()[0][:300]})."
+            if self.demanded:
+                raise RunError(
+                    cause, "Set train.cuda_graph=auto or off; if the attention is your own, set its `static` to False."
+                ) from e
+            warn(f"{cause} The run goes on without: the same numbers, a little slower.")
+            self.given_up = True
+        if self.given_up:
+            # Outside the handler: the error's traceback holds what the broken recording had allocated.
+            self.recorded.clear()
+            torch.cuda.empty_cache()
+        return self.recorded.get(size)
+
     def _record(self, batch: Batch, work: Work) -> _Recorded:
-        """Record the step; nothing of it runs. Raises RunError where CUDA refuses."""
+        """Record the step; nothing of it runs. Raises RuntimeError where CUDA refuses, and can go on after it."""
         # Clones: the next batch is copied over these, and a batch made on the GPU may share tensors with others.
         own = batch.to(self.device).clone()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
-        try:
-            with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream):
+            try:
                 # thread_local: the thread that reads ahead allocates pinned memory whenever it likes.
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 work([own])
+            except BaseException:
+                self._end_broken(graph)
+                raise
+            try:
                 graph.capture_end()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as e:
-            raise RunError(
-                f"A training step could not be recorded as a CUDA graph ({str(e).splitlines()[0][:300]}).",
-                "Set train.cuda_graph=off in a new run; if the attention is your own, set its `static` to False.",
-            ) from e
+            except RuntimeError:
+                self._clean_up()
+                raise
         return _Recorded(graph, own, batch.tensors())
+
+    def _end_broken(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture whose work failed: until then the stream takes no more work."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Undo what torch's capture_end leaves when CUDA calls the capture invalid.
+
+        It raises before it tells the allocator and the generator that the capture is over.
+        """
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+        generator = torch.cuda.default_generators[index]
+        # A copy has seed and offset, and no capture under way.
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def size_of(batch: Batch) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lra import checkpoint as checkpoints
 from lra.attention import backend_class
 from lra.base.console import info, warn
-from lra.base.errors import RunError
+from lra.base.errors import ConfigError, RunError
 from lra.base.seeds import torch_seed
 from lra.config import RunConfig
 from lra.distributed import World
@@ -128,8 +128,14 @@ def make_learner(config: RunConfig, world: World) -> Learner:
     holds_back = getattr(learner.optimizer, "_step_supports_amp_scaling", False)
     if world.device.type == "cuda" and holds_back and not learner.scaler.is_enabled():
         learner.gate = Gate(world.device)
-        if wants_graphs(config, world, num_parameters(model)):
-            learner.graphs = Graphs(world.device)
+    if config.train.cuda_graph != "off":
+        reason = why_no_graphs(learner, config, world)
+        if reason is None:
+            learner.graphs = Graphs(world.device, demanded=config.train.cuda_graph == "on")
+        elif config.train.cuda_graph == "on":
+            raise ConfigError(
+                f"Training steps cannot be recorded as CUDA graphs: {reason}.", "Set train.cuda_graph=auto."
+            )
     return learner
 
 
@@ -142,13 +148,21 @@ def wants_compile(config: RunConfig, device: torch.device) -> bool:
     return device.type == "cuda" and whole and train.steps >= COMPILE_FROM_STEPS
 
 
-def wants_graphs(config: RunConfig, world: World, num_parameters: int) -> bool:
-    """Whether whole steps are recorded; recordings have memory of their own beside that of steps run plainly."""
-    if config.train.cuda_graph == "off" or config.train.accumulate > 1 or world.size > 1:
-        return False
-    if not backend_class(config.attention.backend).static:
-        return False
-    return 2 * estimate(config, num_parameters).total <= available_bytes(world.device)
+def why_no_graphs(learner: Learner, config: RunConfig, world: World) -> str | None:
+    """Return why whole steps cannot be recorded, in words, or None if they can."""
+    train, model = config.train, config.model
+    if learner.gate is None:
+        return "that needs a GPU, and neither fp16 nor an optimizer that the host must hold back"
+    if train.accumulate > 1 or world.size > 1:
+        return "train.accumulate and several processes make a step of several parts"
+    dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16
+    q_THD = torch.empty(1, model.num_heads, -(-model.head_dim // 8) * 8, dtype=dtype, device=world.device)
+    reason = backend_class(config.attention.backend).why_not_recorded(config.attention, q_THD)
+    if reason is not None:
+        return reason
+    # Recordings have memory of their own beside that of steps run plainly.
+    needed = 2 * estimate(config, num_parameters(learner.model)).total
+    return None if needed <= available_bytes(world.device) else "the GPU has less than twice the estimated memory"
 
 
 def compiled(module: nn.Module, traced_whole: bool) -> Callable[[Batch], Tensor]:

@@ -1,107 +1,113 @@
-"""Recording steps, with a stand-in for CUDA's graphs that does the recorded work again: what is filled in, and when."""
+"""Recording steps without a GPU: a stand-in for CUDA's graphs shows what is run, recorded, given up and cleaned up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
-from lra import graphs
-from lra.base.errors import RunError
+from lra.attention import backend_class
+from lra.base.errors import ConfigError, RunError
 from lra.graphs import WARM_UP, Graphs
-from tasks.batches import Batch, rounded
+from lra.learner import make_learner
+from tasks.batches import Batch
 from tests.train.test_step import batch_of
+from tests.train.test_training import ALONE, tiny
 
 
-class FakeGraph:
-    """Keeps what is done between begin and end, and does it at every replay."""
+class StandIn:
+    """A graph that notes what is asked of it; `invalid` makes CUDA refuse at the end of the capture."""
 
-    recording: FakeGraph | None = None
+    invalid = False
+    events: list[str] = []  # noqa: RUF012
 
-    def __init__(self) -> None:
-        self.work: Any = None
-
-    def capture_begin(self, *, pool: object, capture_error_mode: str) -> None:
-        assert capture_error_mode == "thread_local"
-        FakeGraph.recording = self
+    def capture_begin(self, **_: object) -> None:
+        self.events.append("begin")
 
     def capture_end(self) -> None:
-        FakeGraph.recording = None
+        self.events.append("end")
+        if self.invalid:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
     def replay(self) -> None:
-        self.work()
-
-
-@contextmanager
-def fake_stream(stream: object) -> Iterator[None]:
-    yield
+        self.events.append("replay")
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Graphs:
-    fakes = {
-        "Stream": lambda device: None, "graph_pool_handle": lambda: None, "CUDAGraph": FakeGraph,
-        "stream": fake_stream, "synchronize": lambda device: None,
-    }  # fmt: skip
-    for name, fake in fakes.items():
-        monkeypatch.setattr(graphs.torch.cuda, name, fake)
-    return Graphs(torch.device("cpu"))
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(StandIn, "events", [])
+    monkeypatch.setattr(StandIn, "invalid", False)
+    for name, value in {
+        "CUDAGraph": StandIn, "Stream": lambda device: None, "stream": lambda stream: nullcontext(),
+        "synchronize": lambda device: None, "graph_pool_handle": lambda: (0, 1), "empty_cache": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(Graphs, "_clean_up", lambda self: StandIn.events.append("clean up"))
+    return StandIn.events
 
 
-def test_every_size_is_recorded_at_its_third_time_and_then_filled_anew(recorder: Graphs) -> None:
-    seen: list[tuple[str, list[int], list[int]]] = []
+def run(graphs: Graphs, times: int, breaks: BaseException | None = None) -> int:
+    """Give the same batch so often; return how often the work was really done (and not recorded)."""
+    done = 0
 
     def work(batches: list[Batch]) -> None:
-        (batch,) = batches
+        nonlocal done
+        capturing = StandIn.events[-1:] == ["begin"]
+        if capturing and breaks is not None:
+            raise breaks
+        done += not capturing
 
-        def do(how: str) -> None:
-            seen.append((how, batch.tokens_T[:4].tolist(), batch.labels_B.tolist()))
-
-        if FakeGraph.recording is None:
-            do("plain")
-        else:
-            FakeGraph.recording.work = lambda: do("replayed")
-
-    torch.manual_seed(0)
-    batches = [rounded(batch_of([60, 50]), 64) for _ in range(5)]
-    other = rounded(batch_of([10, 5]), 64, num_examples=3)
-    for batch in [*batches[:3], other, *batches[3:]]:
-        recorder.run(batch, work)
-    hows = ["plain"] * WARM_UP + ["replayed", "plain", "replayed", "replayed"]
-    expected = [*batches[:3], other, *batches[3:]]
-    assert seen == [(h, b.tokens_T[:4].tolist(), b.labels_B.tolist()) for h, b in zip(hows, expected, strict=True)]
-    assert len(recorder.recorded) == 1
+    batch = batch_of([10, 20])
+    for _ in range(times):
+        graphs.run(batch, work)
+    return done
 
 
-def test_tensors_that_come_again_are_not_copied_again(recorder: Graphs) -> None:
-    def work(batches: list[Batch]) -> None:
-        if FakeGraph.recording is not None:
-            FakeGraph.recording.work = lambda: None
-
-    batch = rounded(batch_of([60, 50], keys=True), 64)
-    for _ in range(3):
-        recorder.run(batch, work)
-    (recorded,) = recorder.recorded.values()
-    # Ours to keep: what was handed in may change.
-    assert all(a is not b for a, b in zip(recorded.batch.tensors(), batch.tensors(), strict=True))
-    recorded.batch.positions_T.fill_(7)
-    recorder.run(batch, work)
-    assert (recorded.batch.positions_T == 7).all()
-    recorder.run(batch.clone(), work)
-    assert torch.equal(recorded.batch.positions_T, batch.positions_T)
+def test_a_size_is_recorded_at_its_third_time(events: list[str]) -> None:
+    graphs = Graphs(torch.device("cpu"))
+    assert run(graphs, 5) == WARM_UP and len(graphs.recorded) == 1
+    assert events == ["begin", "end", "replay", "replay", "replay"]
 
 
-def test_a_step_that_cannot_be_recorded_is_told_in_words(recorder: Graphs) -> None:
-    def work(batches: list[Batch]) -> None:
-        if FakeGraph.recording is not None:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+@pytest.mark.parametrize("invalid", [False, True])
+def test_a_recording_that_breaks_is_ended_and_all_steps_are_done_plainly(
+    events: list[str], invalid: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(StandIn, "invalid", invalid)
+    graphs = Graphs(torch.device("cpu"))
+    assert run(graphs, 6, RuntimeError("Cannot copy between CPU and CUDA tensors")) == 6
+    assert events == ["begin", "end", *(["clean up"] if invalid else [])]
+    assert not graphs.recorded and capsys.readouterr().err.count("could not be recorded") == 1
 
-    batch = rounded(batch_of([60, 50]), 64)
-    with pytest.raises(RunError, match="not permitted when stream is capturing") as caught:
-        for _ in range(3):
-            recorder.run(batch, work)
-    FakeGraph.recording = None
-    assert "cuda_graph=off" in caught.value.remedy
+
+def test_a_capture_that_is_invalid_at_its_end_is_cleaned_up(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StandIn, "invalid", True)
+    assert run(Graphs(torch.device("cpu")), 4) == 4
+    assert events == ["begin", "end", "clean up"]
+
+
+def test_a_recording_that_was_demanded_and_breaks_is_an_error(events: list[str]) -> None:
+    with pytest.raises(RunError, match="could not be recorded"):
+        run(Graphs(torch.device("cpu"), demanded=True), 4, RuntimeError("no"))
+    assert events == ["begin", "end"]
+
+
+def test_an_interrupt_ends_the_capture_too(events: list[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Graphs(torch.device("cpu")), 4, KeyboardInterrupt())
+    assert events == ["begin", "end"]
+
+
+def test_graphs_are_refused_in_words_where_they_cannot_be(tiny_data: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        make_learner(tiny("listops", tiny_data, "train.cuda_graph=on"), ALONE)
+
+
+@pytest.mark.parametrize("backend", ["flash", "block_sparse"])
+def test_the_tiled_form_is_not_recorded(backend: str, tiny_data: Path) -> None:
+    config = tiny("listops", tiny_data, f"attention={backend}")
+    found = backend_class(backend)
+    assert found.why_not_recorded(config.attention, torch.zeros(1, 2, 16)) is not None
+    assert backend_class("standard").why_not_recorded(config.attention, torch.zeros(1, 2, 16)) is None
