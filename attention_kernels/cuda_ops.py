@@ -312,7 +312,12 @@ class _Call:
         num_blocks: int,
         block_size: int,
     ) -> None:
-        """Walk over the blocks of a layout alone: kernels over queries read its rows, those over keys its columns."""
+        """Walk over the blocks of a layout alone: kernels over queries read its rows, those over keys its columns.
+
+        A layout with every block is left to the dense kernels. Lists never repeat a block, so their length tells.
+        """
+        if col_idx.shape[0] == (row_ptr.shape[0] - 1) * num_blocks:
+            return
         self.rows, self.columns = (_int32(row_ptr), _int32(col_idx)), (_int32(col_ptr), _int32(row_idx))
         self.head_to_pattern = _int32(head_to_pattern)
         self.place(head_to_pattern=self.head_to_pattern)

@@ -53,7 +53,7 @@ class Plan:
     dtype: str
     dropout: bool
     tiles: Tiles
-    sparse: bool = False  # the block-sparse kernel of the same build
+    sparse: bool = False  # the block-sparse kernel, of the same build where the tiles are the dense kernel's
 
     @property
     def source(self) -> str:
@@ -81,7 +81,7 @@ class Plan:
             "MIN_BLOCKS": t.min_blocks,
         }
         if self.hopper:
-            named["SHARED_OPERANDS"] = t.shared_operands
+            named |= {"SHARED_OPERANDS": t.shared_operands, **self._kernels_of_build}
             if self.kernel == "hopper_backward":
                 return named | {"DS_SLOTS": t.ds_slots, "EARLY": t.early, "PERSISTENT": t.persistent}
             return named | {"KEY_TILE": t.tile, "TURNS": t.turns}
@@ -89,6 +89,13 @@ class Plan:
             with_dq = int(self.kernel == "backward")
             return named | {"QUERY_TILE": t.tile, "SHARED_OPERANDS": t.shared_operands, "WITH_DQ": with_dq}
         return named | {"KEY_TILE": t.tile, "STEP": t.step}
+
+    @property
+    def _kernels_of_build(self) -> dict[str, int]:
+        """Which kernels of a Hopper source are built with these tiles."""
+        at = (self.kernel, self.width, self.dropout)
+        dense = not self.sparse or _hopper_tiles(self.kernel, self.width, self.dropout) == self.tiles
+        return {"DENSE": int(dense), "SPARSE": int(self.sparse or _HOPPER_SPARSE.get(at) == self.tiles)}
 
     @property
     def _over_keys(self) -> bool:
@@ -122,11 +129,11 @@ class Plan:
         t = self.tiles
         stage = 2 * t.tile * self.width * 2
         if self.kernel == "hopper_forward":
-            return t.stages * (stage + 16) + t.shared_operands * self.rows * self.width * 2
+            return t.stages * (stage + 24) + t.shared_operands * self.rows * self.width * 2
         if self.kernel == "hopper_backward":
             slots = t.ds_slots * (self.rows * t.tile * 2 + 16)
             keys = (1 + t.persistent) * (2 * self.rows * self.width * 2 + 16)
-            return t.stages * (stage + 8 * t.tile + 16) + keys + slots
+            return t.stages * (stage + 8 * t.tile + 24) + keys + slots
         if not self._over_keys:
             return t.stages * stage
         with_dq = self.kernel == "backward"
@@ -200,6 +207,27 @@ _HOPPER_BACKWARD = {
     96: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0),
     128: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0),
 }
+# Block-sparse: a stage is one step of the walk, so 64 keys or queries. More stages and tiles of dS than the dense kernels
+# have: groups with different lists run apart. By kernel, width and dropout.
+_HOPPER_SPARSE: dict[tuple[Kernel, int, bool], Tiles] = {
+    ("hopper_forward", 32, False): Tiles(16, 1, 64, 64, 8, 1),
+    ("hopper_forward", 32, True): Tiles(12, 1, 64, 64, 8, 1),
+    ("hopper_forward", 64, False): Tiles(16, 1, 64, 64, 6, 1, 1),
+    ("hopper_forward", 64, True): Tiles(12, 1, 64, 64, 6, 1),
+    ("hopper_forward", 96, False): Tiles(12, 1, 64, 64, 6, 1, 1),
+    ("hopper_forward", 96, True): Tiles(12, 1, 64, 64, 6, 1, 1),
+    ("hopper_forward", 128, False): Tiles(12, 1, 64, 64, 5, 1, 1),
+    ("hopper_forward", 128, True): Tiles(12, 1, 64, 64, 5, 1, 1),
+    ("hopper_backward", 32, False): Tiles(12, 1, 64, 0, 6, 1, 0, 4),
+    ("hopper_backward", 32, True): Tiles(8, 1, 64, 0, 6, 1, 0, 4),
+    ("hopper_backward", 64, False): Tiles(12, 1, 64, 0, 4, 1, 1, 4, persistent=0),
+    ("hopper_backward", 64, True): Tiles(8, 1, 64, 0, 4, 1, 1, 4, persistent=0),
+    # No room for more: the dense kernels' tiles, and so their builds.
+    ("hopper_backward", 96, False): _HOPPER_BACKWARD[96],
+    ("hopper_backward", 96, True): _HOPPER_BACKWARD[96],
+    ("hopper_backward", 128, False): _HOPPER_BACKWARD[128],
+    ("hopper_backward", 128, True): _HOPPER_BACKWARD[128],
+}
 _TABLES = {"forward": _FORWARD, "backward": _ALL, "backward_keys": _KEYS, "backward_queries": _QUERIES}
 _HOPPER: dict[Kernel, tuple[Kernel, dict[int, Tiles]]] = {
     "forward": ("hopper_forward", _HOPPER_FORWARD),
@@ -211,23 +239,27 @@ _HOPPER: dict[Kernel, tuple[Kernel, dict[int, Tiles]]] = {
 def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool = False, sparse: bool = False) -> Plan:
     """Return the plan of a call; `dtype` is "float16" or "bfloat16". Raises ValueError for another.
 
-    `hopper` asks for the family for 9.0 where it has the kernel and the width; `sparse` for the block-sparse kernel,
-    which is in the same build as the dense one (the generic family has them).
+    `hopper` asks for the family for 9.0 where it has the kernel and the width; `sparse` for the block-sparse kernel.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16 or bfloat16, got {dtype}.")
     if kernel == "preprocess":
         return Plan(kernel, WIDTHS[-1], dtype, False, Tiles(8, 1, 0, 0, 0, 1))
     width = width_of(head_dim)
-    if hopper and not sparse and width in _HOPPER.get(kernel, (kernel, {}))[1]:
-        kernel, tables = _HOPPER[kernel]
-        return Plan(
-            kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tables[width]) if dropout else tables[width]
-        )
+    if hopper and width in _HOPPER.get(kernel, (kernel, {}))[1]:
+        kernel = _HOPPER[kernel][0]
+        tiles = _HOPPER_SPARSE[kernel, width, dropout] if sparse else _hopper_tiles(kernel, width, dropout)
+        return Plan(kernel, width, dtype, dropout, tiles, sparse)
     if kernel == "postprocess":
         return Plan(kernel, width, dtype, False, Tiles(8, 1, 0, 0, 0, 1))
     tiles = _TABLES[kernel][width]
     return Plan(kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tiles) if dropout else tiles, sparse)
+
+
+def _hopper_tiles(kernel: Kernel, width: int, dropout: bool) -> Tiles:
+    """Return the tiles of a dense kernel for 9.0."""
+    tiles = (_HOPPER_FORWARD if kernel == "hopper_forward" else _HOPPER_BACKWARD)[width]
+    return _DROPOUT.get((kernel, width), tiles) if dropout else tiles
 
 
 def all_plans() -> list[Plan]:
@@ -239,9 +271,12 @@ def all_plans() -> list[Plan]:
 
 
 def hopper_plans() -> list[Plan]:
-    """Return every variant of the family for 9.0."""
+    """Return every build of the family for 9.0; a block-sparse kernel with the dense one's tiles comes with that."""
     kinds = [(kernel, width) for kernel, (_, table) in _HOPPER.items() for width in table]
-    return [plan(k, w, d, drop, hopper=True) for k, w in kinds for d in DTYPES for drop in (False, True)]
+    calls = [(k, w, d, drop) for k, w in kinds for d in DTYPES for drop in (False, True)]
+    dense = [plan(*call, hopper=True) for call in calls]
+    sparse = [plan(*call, hopper=True, sparse=True) for call in calls]
+    return dense + [one for one in sparse if not one.defines["DENSE"]]
 
 
 def cover_plans() -> list[Plan]:

@@ -14,90 +14,11 @@
 // dQ = dS K runs over the keys of all groups. They lay dS^T into a slot of shared memory; one group, another for each
 // tile in turn, multiplies the whole slot with K during its next tile, when the others have long written theirs, and adds
 // 64 rows to the float32 buffer whose order of columns generic_backward_keys.cu describes.
+//
+// Block-sparse, a stage holds queries that some groups' lists name: the others pass it by, and dQ is multiplied from the
+// keys of those that took part.
+#include "common/backward_stages.cuh"
 #include "common/philox.cuh"
-#include "common/warpgroups.cuh"
-
-#define GROUPS (WARPS / 4)
-#define KEYS (WARPS * 16)
-#define QUERY_TILE 64
-#define KEYS_BYTES (KEYS * ROW_BYTES)
-#define TILE_BYTES (QUERY_TILE * ROW_BYTES)
-#define DS_ROW (QUERY_TILE * 2)
-// Persistent: a block goes from one piece of work to the next, and copies run ahead into it. That takes registers and
-// shared memory, which the wider heads want elsewhere: there a block does one piece, and so many blocks are launched.
-#define KEY_SLOTS (1 + PERSISTENT)
-// Shared memory: KEY_SLOTS x (K, V) | STAGES x (q, dO) | DS_SLOTS x dS^T (KEYS rows of 64 queries) | STAGES x statistics |
-// barriers
-#define TILES_AT (KEY_SLOTS * 2 * KEYS_BYTES)
-#define DS_AT (TILES_AT + STAGES * 2 * TILE_BYTES)
-#define STATS_AT (DS_AT + DS_SLOTS * KEYS * DS_ROW)
-#define BARRIERS_AT (STATS_AT + STAGES * QUERY_TILE * 8)
-
-typedef float Block[QUERY_TILE / 8][4];    // 64 keys x 64 queries a group
-typedef u32 Fragments[QUERY_TILE / 16][4];  // the same rounded: A of the products over queries
-typedef float Sums[HEAD_DIM / 8][4];
-
-struct Places {
-    u32 shared;
-    __device__ __forceinline__ u32 keys(u32 slot) const { return shared + slot * 2 * KEYS_BYTES; }
-    __device__ __forceinline__ u32 queries(u32 slot) const { return shared + TILES_AT + slot * 2 * TILE_BYTES; }
-    __device__ __forceinline__ u32 ds(u32 slot) const { return shared + DS_AT + slot * KEYS * DS_ROW; }
-    __device__ __forceinline__ u32 stats(u32 slot) const { return shared + STATS_AT + slot * QUERY_TILE * 8; }
-    __device__ __forceinline__ u32 filled(u32 slot) const { return shared + BARRIERS_AT + slot * 8; }
-    __device__ __forceinline__ u32 emptied(u32 slot) const { return shared + BARRIERS_AT + (STAGES + slot) * 8; }
-    __device__ __forceinline__ u32 ds_filled(u32 slot) const { return shared + BARRIERS_AT + (2 * STAGES + slot) * 8; }
-    __device__ __forceinline__ u32 ds_emptied(u32 slot) const { return shared + BARRIERS_AT + (2 * STAGES + DS_SLOTS + slot) * 8; }
-    __device__ __forceinline__ u32 keys_filled(u32 slot) const { return shared + BARRIERS_AT + (2 * (STAGES + DS_SLOTS) + slot) * 8; }
-    __device__ __forceinline__ u32 keys_emptied(u32 slot) const {
-        return shared + BARRIERS_AT + (2 * (STAGES + DS_SLOTS) + KEY_SLOTS + slot) * 8;
-    }
-};
-
-__device__ __forceinline__ bool has_keys(const Work& w) { return !w.tail && w.tile * KEYS < w.k_len; }
-
-// The query tiles of one piece of work. All blocks of a head begin with the same: what they read is then in the cache (begun
-// at different places they add to different rows of dQ, and are slower by up to an eighth).
-struct QueryTiles {
-    int row;  // the first row of this one
-
-    // Causal: key c is seen by rows from c - offset on.
-    __device__ __forceinline__ QueryTiles(const Params& p, const Work& w)
-        : row(p.causal ? max(0, w.tile * KEYS - w.offset) / QUERY_TILE * QUERY_TILE : 0) {}
-    __device__ __forceinline__ bool left(const Work& w) const { return row < w.q_len; }
-    __device__ __forceinline__ void next() { row += QUERY_TILE; }
-};
-
-// Where the statistic of query `row` of a tile lies: those that one lane wants of two blocks of 8 are side by side.
-__device__ __forceinline__ int stats_place(int row) { return (row >> 4) * 16 + (row >> 1 & 3) * 4 + (row >> 3 & 1) * 2 + (row & 1); }
-
-__device__ __forceinline__ void copy_work(const Params& p, const Places& places, const Work& w, Announcer& announcer, Ring& keys,
-                                          Ring& ring) {
-    const u32 k_to = places.keys(keys.slot());
-    announcer.await_empty(places.keys_emptied(keys.slot()), keys.emptied());
-    copy_panels<KEYS>(k_to, at(p.k, p.k_strides, w, w.k_start), p.k_strides.row, w.tile * KEYS, w.k_len, p.head_dim);
-    copy_panels<KEYS>(k_to + KEYS_BYTES, at(p.v, p.v_strides, w, w.k_start), p.v_strides.row, w.tile * KEYS, w.k_len, p.head_dim);
-    announcer.next(places.keys_filled(keys.slot()));
-    keys.next<KEY_SLOTS>();
-    const u16* q = at(p.q, p.q_strides, w, w.q_start);
-    const u16* dout = at(p.dout, p.dout_strides, w, w.q_start);
-    const float2* stats = p.stats + stats_at(p, w);
-    const int thread = threadIdx.x % COPIERS;
-    for (QueryTiles tile(p, w); tile.left(w); tile.next()) {
-        const int row = tile.row + thread;
-        announcer.await_empty(places.emptied(ring.slot()), ring.emptied());
-        const u32 to = places.queries(ring.slot());
-        copy_panels<QUERY_TILE>(to, q, p.q_strides.row, tile.row, w.q_len, p.head_dim);
-        copy_panels<QUERY_TILE>(to + TILE_BYTES, dout, p.dout_strides.row, tile.row, w.q_len, p.head_dim);
-        // Rows past the end are zeros throughout: P is 1 there, but dO, D and q are 0 and add nothing.
-        if (thread < QUERY_TILE) {
-            const u32 stats_to = places.stats(ring.slot()) + stats_place(thread) * 4;
-            copy4(stats_to, &stats[row].x, row < w.q_len);
-            copy4(stats_to + QUERY_TILE * 4, &stats[row].y, row < w.q_len);
-        }
-        announcer.next(places.filled(ring.slot()));
-        ring.next<STAGES>();
-    }
-}
 
 // P of pairs that do not see each other becomes 0. Keys past the end are such too: what they hold stays in rows of their
 // own in dK and dV, but dQ sums over keys. Why a block of its own: mixed into the main path, every step pays for it.
@@ -136,7 +57,7 @@ __device__ __forceinline__ float4 load_pairs(u32 from, int n) {
 }
 
 // Loaded ahead, while products run, where registers allow, else when wanted.
-#if WARPS == 8 && HEAD_DIM < 128 || HEAD_DIM <= 32
+#if WARPS == 8 || HEAD_DIM <= 32
 struct RowPairs {
     float4 pairs[QUERY_TILE / 16];
     __device__ __forceinline__ explicit RowPairs(u32 from) {
@@ -216,19 +137,37 @@ __device__ __forceinline__ void add4(float* to, float a, float b, float c, float
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
-// dQ of 64 queries from all the block's keys, by one group.
-__device__ __forceinline__ void add_dq(const Places& places, const Ring& ds, u32 keys, const Params& p, float* sums, int q_len, int first_query) {
+// dQ of 64 queries from the keys of all groups, or LISTED of those whose bits stand in `who`, by one group.
+template <bool LISTED>
+__device__ __forceinline__ void add_dq(const Places& places, const Ring& ds, u32 keys, const Params& p, float* sums, int q_len, int first_query,
+                                       u32 who) {
     const u32 ds_place = place_of(places.ds(ds.slot())), k_place = place_of(keys);
     await(places.ds_filled(ds.slot()), ds.filled());
     Sums dq;
-    open_products();
+    if (LISTED) {
 #pragma unroll
-    for (int key = 0; key < KEYS; key += 16)
-        Product<HEAD_DIM>::shared<true, true>(dq, descriptor(ds_place + key * DS_ROW / 16, 16, 8 * DS_ROW, SWIZZLE_128),
-                                              rows_inside<KEYS>(k_place, key), key > 0);
-    close_products();
-    wait_products<0>();
+        for (int d = 0; d < HEAD_DIM / 8; ++d)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) dq[d][c] = 0.f;
+    } else {
+        open_products();
+    }
+#pragma unroll
+    for (int from = 0; from < KEYS; from += 64) {
+        if (LISTED) {
+            if (!(who >> from / 64 & 1)) continue;
+            open_products();
+        }
+#pragma unroll
+        for (int key = from; key < from + 64; key += 16)
+            Product<HEAD_DIM>::shared<true, true>(dq, descriptor(ds_place + key * DS_ROW / 16, 16, 8 * DS_ROW, SWIZZLE_128),
+                                                  rows_inside<KEYS>(k_place, key), LISTED || key > 0);
+        // Why a wait each: products that only some tiles have must not be left running when the ways meet again.
+        if (LISTED) close_products(), wait_products<0>();
+    }
+    if (!LISTED) close_products(), wait_products<0>();
     arrive_warp(places.ds_emptied(ds.slot()));
+    if (LISTED && (who & ~LAST_STAGE) == 0) return;
     const int lane = threadIdx.x & 31, row = first_query + ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2);
     float* to = sums + (i64)row * HEAD_DIM + 4 * (lane & 3);
 #pragma unroll
@@ -300,7 +239,7 @@ __device__ __forceinline__ void stand_by(const Params& p, const Places& places, 
     int adding = GROUPS - 1, row_before = -1;
 #pragma unroll 1
     for (QueryTiles tile(p, w);; tile.next()) {
-        if (row_before >= 0 && adding == group) add_dq(places, ds_before, keys, p, dq_sums, w.q_len, row_before);
+        if (row_before >= 0 && adding == group) add_dq<false>(places, ds_before, keys, p, dq_sums, w.q_len, row_before, 0);
         if (!tile.left(w)) break;
         row_before = tile.row;
         await(places.filled(ring.slot()), ring.filled());
@@ -316,11 +255,12 @@ __device__ __forceinline__ void stand_by(const Params& p, const Places& places, 
     }
 }
 
+template <bool LISTED>
 __device__ __forceinline__ void differentiate_work(const Params& p, const Places& places, u32 id, u32 keys_at, Ring& ring, Ring& ds_ring) {
     const Work w = find_work(p, id, false);
     const int warp = threadIdx.x >> 5, group = warp / 4, first_key = w.tile * KEYS + warp * 16;
     const int group_key = w.tile * KEYS + group * 64;
-    if (group_key >= w.k_len) return stand_by(p, places, w, keys_at, ring, ds_ring);
+    if (!LISTED && group_key >= w.k_len) return stand_by(p, places, w, keys_at, ring, ds_ring);
     Keys keys;
     load_keys(keys, p, w, first_key);
 #if SHARED_OPERANDS
@@ -338,55 +278,67 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
     Ring ds_before = ds_ring;
     int adding = GROUPS - 1, row_before = -1;  // the group that adds dQ of the tile before, and that tile's first row
 
+    u32 who_before = 0;
+
 #pragma unroll 1
-    for (QueryTiles tile(p, w); tile.left(w); tile.next()) {
-        const int row = tile.row;
-        Block s, dp;
-        Fragments weights, ds;
-        const u32 tile_place = place_of(places.queries(ring.slot())), rows_place = place_of(keys_at + group * 64 * PANEL_ROW);
+    for (QueryTiles tile(p, w); LISTED || tile.left(w); tile.next()) {
         await(places.filled(ring.slot()), ring.filled());
-        open_products();
-        multiply_rows(s, tile_place, k, rows_place);
-        close_products();
-        open_products();
-        multiply_rows(dp, tile_place + TILE_BYTES / 16, v, rows_place + KEYS_BYTES / 16);
-        close_products();
-        const RowPairs lse(places.stats(ring.slot()));
-        wait_products<1>();
-        exponentiate(s, lse, p.scale_log2);
-        if ((p.causal && row + w.offset < group_key + 63) || group_key + 64 > w.k_len) hide(s, p, w, first_key, row);
-        const RowPairs d(places.stats(ring.slot()) + QUERY_TILE * 4);
+        const Step step = LISTED ? read_step(places.step(ring.slot())) : Step{tile.row, 0};
+        const int row = step.row;
+        if (LISTED && !(step.who >> group & 1)) {
+            arrive_warp(places.emptied(ring.slot()));
+            // Why the wait: a group must not be counted for two tiles of a slot.
+            await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
+            arrive_warp(places.ds_filled(ds_ring.slot()));
+        } else {
+            Block s, dp;
+            Fragments weights, ds;
+            const u32 tile_place = place_of(places.queries(ring.slot())), rows_place = place_of(keys_at + group * 64 * PANEL_ROW);
+            open_products();
+            multiply_rows(s, tile_place, k, rows_place);
+            close_products();
+            open_products();
+            multiply_rows(dp, tile_place + TILE_BYTES / 16, v, rows_place + KEYS_BYTES / 16);
+            close_products();
+            const RowPairs lse(places.stats(ring.slot()));
+            wait_products<1>();
+            exponentiate(s, lse, p.scale_log2);
+            if ((p.causal && row + w.offset < group_key + 63) || group_key + 64 > w.k_len) hide(s, p, w, first_key, row);
+            const RowPairs d(places.stats(ring.slot()) + QUERY_TILE * 4);
 #if EARLY
-        round_weights(weights, s);
-        open_products();
-        multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
-        close_products();
-        wait_products<1>();
+            round_weights(weights, s);
+            open_products();
+            multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
+            close_products();
+            wait_products<1>();
 #else
-        wait_products<0>();
+            wait_products<0>();
 #endif
-        differentiate(weights, ds, s, dp, d, p, philox, row, first_key);
-        await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
-        write_ds(places.ds(ds_ring.slot()), ds, warp * 16);
-        show_to_products();
-        arrive_warp(places.ds_filled(ds_ring.slot()));
-        open_products();
+            differentiate(weights, ds, s, dp, d, p, philox, row, first_key);
+            await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
+            write_ds(places.ds(ds_ring.slot()), ds, warp * 16);
+            show_to_products();
+            arrive_warp(places.ds_filled(ds_ring.slot()));
+            open_products();
 #if !EARLY
-        multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
+            multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
 #endif
-        multiply_queries(keys.dk, ds, tile_place);
-        close_products();
-        wait_products<0>();
-        arrive_warp(places.emptied(ring.slot()));
+            multiply_queries(keys.dk, ds, tile_place);
+            close_products();
+            wait_products<0>();
+            arrive_warp(places.emptied(ring.slot()));
+        }
         // By now all groups have written dS of the tile before.
-        if (row_before >= 0 && adding == group) add_dq(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before);
+        if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before, who_before);
         row_before = row;
+        who_before = step.who;
         adding = adding + 1 == GROUPS ? 0 : adding + 1;
         ds_before = ds_ring;
         ring.next<STAGES>();
         ds_ring.next<DS_SLOTS>();
+        if (LISTED && step.who & LAST_STAGE) break;
     }
-    if (row_before >= 0 && adding == group) add_dq(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before);
+    if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before, who_before);
     // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
     asm volatile("" : "+r"(id));
     const Work end = find_work(p, id, false);
@@ -403,6 +355,7 @@ __device__ __forceinline__ void zero_keys(const Params& p, const Work& w, i64 fr
     zero_rows(at(p.dv, p.dkv_strides, w, from), p.dkv_strides.row, num_rows, p.head_dim, w.tile, p.tiles);
 }
 
+template <bool LISTED>
 __device__ __forceinline__ void compute(const Params& p, const Places& places, u32 id, Ring& keys, Ring& ring, Ring& ds_ring) {
     const Work w = find_work(p, id, false);
     // Keys hidden by key_lengths have gradient 0, and so have rows of no sequence.
@@ -410,17 +363,19 @@ __device__ __forceinline__ void compute(const Params& p, const Places& places, u
     else if (p.key_lengths != nullptr) zero_keys(p, w, w.k_len, p.len_k - w.k_len);
     if (!has_keys(w)) return;
     await(places.keys_filled(keys.slot()), keys.filled());
-    differentiate_work(p, places, id, places.keys(keys.slot()), ring, ds_ring);
+    differentiate_work<LISTED>(p, places, id, places.keys(keys.slot()), ring, ds_ring);
     arrive_warp(places.keys_emptied(keys.slot()));
     keys.next<KEY_SLOTS>();
 }
 
-__device__ __forceinline__ void copy(const Params& p, const Places& places, u32 id, Announcer& announcer, Ring& keys, Ring& ring) {
+template <bool LISTED, int BEHIND>
+__device__ __forceinline__ void copy(const Params& p, const Places& places, u32 id, Announcer<BEHIND>& announcer, Ring& keys, Ring& ring) {
     const Work w = find_work(p, id, false);
-    if (has_keys(w)) copy_work(p, places, w, announcer, keys, ring);
+    if (has_keys(w)) copy_work<LISTED>(p, places, w, announcer, keys, ring);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_backward(const __grid_constant__ Params p) {
+template <bool LISTED>
+__device__ __forceinline__ void run(const Params& p) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     const Places places = {(u32)__cvta_generic_to_shared(shared_bytes)};
     if (threadIdx.x < STAGES) {
@@ -442,19 +397,31 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) atte
         Ring ds_ring = {0};
 #if PERSISTENT
         for (Works works(p); works.left(); works.next())
-            if (works.here()) compute(p, places, works.id(), keys, ring, ds_ring);
+            if (works.here()) compute<LISTED>(p, places, works.id(), keys, ring, ds_ring);
 #else
-        compute(p, places, blockIdx.x, keys, ring, ds_ring);
+        compute<LISTED>(p, places, blockIdx.x, keys, ring, ds_ring);
 #endif
         return;
     }
     give_registers<copier_registers(GROUPS, MIN_BLOCKS)>();
-    Announcer announcer = {0};
+    Announcer<LISTED ? 2 : 1> announcer = {0};
 #if PERSISTENT
     for (Works works(p); works.left(); works.next())
-        if (works.here()) copy(p, places, works.id(), announcer, keys, ring);
+        if (works.here()) copy<LISTED>(p, places, works.id(), announcer, keys, ring);
 #else
-    copy(p, places, blockIdx.x, announcer, keys, ring);
+    copy<LISTED>(p, places, blockIdx.x, announcer, keys, ring);
 #endif
     announcer.flush();
 }
+
+// A build has the kernels that are asked of its tiles.
+#if DENSE
+extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_backward(const __grid_constant__ Params p) {
+    run<false>(p);
+}
+#endif
+#if SPARSE
+extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_backward_sparse(const __grid_constant__ Params p) {
+    run<true>(p);
+}
+#endif

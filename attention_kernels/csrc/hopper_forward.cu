@@ -15,6 +15,9 @@
 // and those that are partly hidden.
 //
 // Persistent: a block goes from one piece of work to the next, and copies run ahead into the next piece.
+//
+// Block-sparse, a stage holds keys that some groups want and others pass by. The copiers walk the groups' lists; a group
+// that meets its next stage soon keeps to the order above, and else is done with O += P V before it goes to look for it.
 #define ROW_TILES 1
 #define BLOCKS (KEY_TILE / 8)
 #include "common/philox.cuh"
@@ -25,7 +28,7 @@
 #define ROWS (WARPS * 16)
 #define TILE_BYTES (KEY_TILE * ROW_BYTES)
 #define GROUP_BYTES (64 * ROW_BYTES)
-// Shared memory: STAGES x (K, V) | a tile of 64 queries a group, where read from there | barriers: filled, emptied
+// Shared memory: STAGES x (K, V) | a tile of 64 queries a group, where read from there | barriers: filled, emptied | steps
 #define QUERIES_AT (STAGES * 2 * TILE_BYTES)
 #define BARRIERS_AT (QUERIES_AT + SHARED_OPERANDS * GROUPS * GROUP_BYTES)
 
@@ -34,11 +37,14 @@ struct Stages {
     __device__ __forceinline__ u32 keys(u32 slot) const { return shared + slot * 2 * TILE_BYTES; }
     __device__ __forceinline__ u32 filled(u32 slot) const { return shared + BARRIERS_AT + slot * 8; }
     __device__ __forceinline__ u32 emptied(u32 slot) const { return shared + BARRIERS_AT + (STAGES + slot) * 8; }
+    __device__ __forceinline__ u32 step(u32 slot) const { return shared + BARRIERS_AT + (2 * STAGES + slot) * 8; }
 };
+
+__device__ __forceinline__ bool has_rows(const Work& w) { return !w.tail && w.tile * ROWS < w.q_len; }
 
 // The number of key tiles that any of the block's rows sees; none for work that has no rows.
 __device__ __forceinline__ int count_tiles(const Params& p, const Work& w) {
-    if (w.tail || w.tile * ROWS >= w.q_len) return 0;
+    if (!has_rows(w)) return 0;
     const int last_row = min(w.tile * ROWS + ROWS, w.q_len) - 1;
     const int keys = p.causal ? min(w.k_len, last_row + w.offset + 1) : w.k_len;
     return keys <= 0 ? 0 : (keys + KEY_TILE - 1) / KEY_TILE;
@@ -46,7 +52,7 @@ __device__ __forceinline__ int count_tiles(const Params& p, const Work& w) {
 
 __device__ __forceinline__ void copy_all(const Params& p, const Stages& stages) {
     Ring ring = {0};
-    Announcer announcer = {0};
+    Announcer<1> announcer = {0};
     for (Works works(p); works.left(); works.next()) {
         if (!works.here()) continue;
         const Work w = find_work(p, works.id(), p.causal);
@@ -63,6 +69,62 @@ __device__ __forceinline__ void copy_all(const Params& p, const Stages& stages) 
     }
     announcer.flush();
 }
+
+// The tiles that the groups' lists name.
+__device__ __forceinline__ void copy_listed(const Params& p, const Stages& stages) {
+    Ring ring = {0};
+    Announcer<2> announcer = {0};
+    for (Works works(p); works.left(); works.next()) {
+        if (!works.here()) continue;
+        const Work w = find_work(p, works.id(), p.causal);
+        if (!has_rows(w)) continue;
+        const u16* k = at(p.k, p.k_strides, w, w.k_start);
+        const u16* v = at(p.v, p.v_strides, w, w.k_start);
+        WarpWalk<GROUPS, KEY_TILE, 2> walk;
+        walk.start_queries(p, w, w.tile * ROWS);
+        bool last;
+        do {
+            announcer.await_empty(stages.emptied(ring.slot()), ring.emptied());
+            const Step step = walk.here();
+            if (step.who != 0) {
+                copy_panels<KEY_TILE>(stages.keys(ring.slot()), k, p.k_strides.row, step.row, w.k_len, p.head_dim);
+                copy_panels<KEY_TILE>(stages.keys(ring.slot()) + TILE_BYTES, v, p.v_strides.row, step.row, w.k_len, p.head_dim);
+            }
+            walk.next(p, step);
+            last = walk.over();
+            post_step(stages.step(ring.slot()), step, last);
+            announcer.next(stages.filled(ring.slot()));
+            ring.next<STAGES>();
+        } while (!last);
+    }
+    announcer.flush();
+}
+
+// A group's way through the stages of a block-sparse piece of work.
+struct Seeker {
+    bool last;     // the work has no stage after the one that was found or passed
+    bool careful;  // the found one goes beyond `unmasked`
+
+    // Passes the stages that are not this group's, at most `most`; false where it has not come to one that is.
+    __device__ __forceinline__ bool find(const Stages& stages, Ring& ring, const Turn<TURNS ? GROUPS : 1>& turn, int most, int unmasked) {
+        for (; !last; --most) {
+            await(stages.filled(ring.slot()), ring.filled());
+            const Step step = read_step(stages.step(ring.slot()));
+            careful = step.row + KEY_TILE > unmasked;
+            const bool found = step.who >> (threadIdx.x / 128) & 1;
+            if (!found && most == 0) return false;
+            last = step.who & LAST_STAGE;
+            if (found) return true;
+            turn.take();
+            turn.pass();
+            arrive_warp(stages.emptied(ring.slot()));
+            ring.next<STAGES>();
+        }
+        return false;
+    }
+    // The first column of the found stage. Why read again: a register that is wanted late is one that is spilled.
+    static __device__ __forceinline__ int column(const Stages& stages, const Ring& ring) { return read_step(stages.step(ring.slot())).row; }
+};
 
 struct Queries {
 #if SHARED_OPERANDS
@@ -166,18 +228,22 @@ __device__ __forceinline__ void round_weights(Weights& weights, const Scores& s)
         for (int i = 0; i < 2; ++i) weights[0][n][i] = pack(s[0][n][2 * i], s[0][n][2 * i + 1]);
 }
 
-// The first tile: the largest of a row's first 8 scores will nearly always do as its reference.
+// A tile before which no other is at work. For a row's first, the largest of 8 scores will nearly always do as its reference.
 __device__ __forceinline__ void begin(Scores& s, Weights& weights, float (&sums)[1][2], Rows& rows, const Queries& q, u32 k_tile,
-                                      const Params& p, int row, bool whole, int k_len, int offset) {
+                                      const Params& p, int row, int column, bool whole, int k_len, int offset) {
     if (whole) {
+        float before[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            rows.reference[0][i] = max_of_quad(fmaxf(s[0][0][2 * i] * p.scale_log2, s[0][0][2 * i + 1] * p.scale_log2));
+        for (int i = 0; i < 2; ++i) {
+            before[i] = rows.reference[0][i];
+            const float top = max_of_quad(fmaxf(s[0][0][2 * i] * p.scale_log2, s[0][0][2 * i + 1] * p.scale_log2));
+            if (before[i] == -INFINITE) rows.reference[0][i] = top;
+        }
         if (__all_sync(ALL_LANES, exponentiate(s, sums, rows, p.scale_log2))) return round_weights(weights, s);
         multiply_keys_again(s, q, k_tile);
-        rows.reference[0][0] = rows.reference[0][1] = -INFINITE;
+        rows.reference[0][0] = before[0], rows.reference[0][1] = before[1];
     }
-    settle(s, weights, sums, rows, p, row, 0, k_len, offset);
+    settle(s, weights, sums, rows, p, row, column, k_len, offset);
 }
 
 __device__ __forceinline__ void drop(Weights& weights, const Params& p, const Philox& philox, int row, int column) {
@@ -193,10 +259,11 @@ __device__ __forceinline__ void drop(Weights& weights, const Params& p, const Ph
     }
 }
 
+template <bool LISTED>
 __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ring& ring, const Turn<TURNS ? GROUPS : 1>& turn,
                                        u32 id) {
     const Work w = find_work(p, id, p.causal);
-    const int num_tiles = count_tiles(p, w);
+    const int num_tiles = LISTED ? 0 : count_tiles(p, w);
     const int first_row = w.tile * ROWS + (threadIdx.x >> 5) * 16;
     const int unmasked = p.causal ? min(w.k_len, first_row + w.offset + 1) : w.k_len;
     Queries q;
@@ -211,67 +278,75 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
 #if DROPOUT
     const Philox philox = start_philox(p, w);
 #endif
-    if (num_tiles == 0) return finish(rows, p, w, first_row);
+    Seeker seeker = {false, false};
+    if (LISTED ? !seeker.find(stages, ring, turn, 0x7fffffff, unmasked) : num_tiles == 0) return finish(rows, p, w, first_row);
 
     Scores s;
     Weights weights;
     float sums[1][2];
-    await(stages.filled(ring.slot()), ring.filled());
-    turn.take();
-    open_products();
-    multiply_keys(s, q, stages.keys(ring.slot()));
-    close_products();
-    turn.pass();
-    wait_products<0>();
-    begin(s, weights, sums, rows, q, stages.keys(ring.slot()), p, first_row, KEY_TILE <= unmasked, w.k_len, w.offset);
-    rows.sum[0][0] = sums[0][0], rows.sum[0][1] = sums[0][1];
-#if DROPOUT
-    drop(weights, p, philox, first_row, 0);
-#endif
-    u32 before = ring.slot();  // of the tile whose values are still to be multiplied
-    ring.next<STAGES>();
-
-#pragma unroll 1
-    for (int column = KEY_TILE; column < num_tiles * KEY_TILE; column += KEY_TILE) {
-        await(stages.filled(ring.slot()), ring.filled());
+    // Dense, once: the first tile, the others, the last one's values. Block-sparse, for each run of tiles near each other.
+    do {
+        if (!LISTED) await(stages.filled(ring.slot()), ring.filled());
         turn.take();
         open_products();
         multiply_keys(s, q, stages.keys(ring.slot()));
         close_products();
+        turn.pass();
+        wait_products<0>();
+        const bool whole = LISTED ? !seeker.careful : KEY_TILE <= unmasked;
+        const int first_column = LISTED ? Seeker::column(stages, ring) : 0;
+        begin(s, weights, sums, rows, q, stages.keys(ring.slot()), p, first_row, first_column, whole, w.k_len, w.offset);
+        rows.sum[0][0] += sums[0][0], rows.sum[0][1] += sums[0][1];
+#if DROPOUT
+        drop(weights, p, philox, first_row, first_column);
+#endif
+        u32 before = ring.slot();  // of the tile whose values are still to be multiplied
+        ring.next<STAGES>();
+
+        // Why not further than STAGES - 2: the copiers wait for `before`.
+#pragma unroll 1
+        for (int next = KEY_TILE; LISTED ? seeker.find(stages, ring, turn, STAGES - 2, unmasked) : next < num_tiles * KEY_TILE; next += KEY_TILE) {
+            if (!LISTED) await(stages.filled(ring.slot()), ring.filled());
+            turn.take();
+            open_products();
+            multiply_keys(s, q, stages.keys(ring.slot()));
+            close_products();
+            open_products();
+            multiply_values(rows, weights, stages.keys(before) + TILE_BYTES);
+            close_products();
+            turn.pass();
+            wait_products<1>();
+            bool careful = LISTED ? seeker.careful : next + KEY_TILE > unmasked;
+            if (!careful) {
+                careful = !__all_sync(ALL_LANES, exponentiate(s, sums, rows, p.scale_log2));
+                if (careful) multiply_keys_again(s, q, stages.keys(ring.slot()));
+            }
+            wait_products<0>();
+            arrive_warp(stages.emptied(before));
+            // Only now may the weights change: until here the products read them.
+            if (careful) settle(s, weights, sums, rows, p, first_row, LISTED ? Seeker::column(stages, ring) : next, w.k_len, w.offset);
+            else round_weights(weights, s);
+            rows.sum[0][0] += sums[0][0], rows.sum[0][1] += sums[0][1];
+#if DROPOUT
+            drop(weights, p, philox, first_row, LISTED ? Seeker::column(stages, ring) : next);
+#endif
+            before = ring.slot();
+            ring.next<STAGES>();
+        }
         open_products();
         multiply_values(rows, weights, stages.keys(before) + TILE_BYTES);
         close_products();
-        turn.pass();
-        wait_products<1>();
-        bool careful = column + KEY_TILE > unmasked;
-        if (!careful) {
-            careful = !__all_sync(ALL_LANES, exponentiate(s, sums, rows, p.scale_log2));
-            if (careful) multiply_keys_again(s, q, stages.keys(ring.slot()));
-        }
         wait_products<0>();
         arrive_warp(stages.emptied(before));
-        // Only now may the weights change: until here the products read them.
-        if (careful) settle(s, weights, sums, rows, p, first_row, column, w.k_len, w.offset);
-        else round_weights(weights, s);
-        rows.sum[0][0] += sums[0][0], rows.sum[0][1] += sums[0][1];
-#if DROPOUT
-        drop(weights, p, philox, first_row, column);
-#endif
-        before = ring.slot();
-        ring.next<STAGES>();
-    }
-    open_products();
-    multiply_values(rows, weights, stages.keys(before) + TILE_BYTES);
-    close_products();
-    wait_products<0>();
-    arrive_warp(stages.emptied(before));
+    } while (LISTED && seeker.find(stages, ring, turn, 0x7fffffff, unmasked));
     // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
     asm volatile("" : "+r"(id));
     const Work end = find_work(p, id, p.causal);
     finish(rows, p, end, end.tile * ROWS + (threadIdx.x >> 5) * 16);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_forward(const __grid_constant__ Params p) {
+template <bool LISTED>
+__device__ __forceinline__ void run(const Params& p) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     const Stages stages = {(u32)__cvta_generic_to_shared(shared_bytes)};
     if (threadIdx.x < STAGES) {
@@ -281,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) atte
     __syncthreads();
     if (threadIdx.x >= THREADS) {
         give_registers<copier_registers(GROUPS, MIN_BLOCKS)>();
-        copy_all(p, stages);
+        LISTED ? copy_listed(p, stages) : copy_all(p, stages);
         return;
     }
     take_registers<computer_registers(GROUPS, MIN_BLOCKS)>();
@@ -291,6 +366,18 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) atte
         if (!works.here()) continue;
         const Work w = find_work(p, works.id(), p.causal);
         if (w.tail) empty_rows(p, w);
-        else if (w.tile * ROWS < w.q_len) attend(p, stages, ring, turn, works.id());
+        else if (has_rows(w)) attend<LISTED>(p, stages, ring, turn, works.id());
     }
 }
+
+// A build has the kernels that are asked of its tiles.
+#if DENSE
+extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_forward(const __grid_constant__ Params p) {
+    run<false>(p);
+}
+#endif
+#if SPARSE
+extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_forward_sparse(const __grid_constant__ Params p) {
+    run<true>(p);
+}
+#endif

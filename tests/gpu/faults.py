@@ -115,8 +115,8 @@ _GENERIC = [
     Fault(
         "block-sparse: causal rows begin a block too late",
         _WALK,
-        "entries[middle] < wanted",
-        "entries[middle] <= wanted",
+        "p.col_idx[middle] < wanted",
+        "p.col_idx[middle] <= wanted",
         where="sparse",
     ),
     Fault(
@@ -129,8 +129,8 @@ _GENERIC = [
     Fault(
         "block-sparse: the last block of a list is left out",
         _WALK,
-        "if (at[s] >= end[s])",
-        "if (at[s] + 1 >= end[s])",
+        "if (at >= end) return;",
+        "if (at + 1 >= end) return;",
         where="sparse",
     ),
     Fault(
@@ -187,8 +187,8 @@ _HOPPER = [
     Fault(
         "backward: dQ of the last tile is lost",
         _HOPPER_BACKWARD,
-        "if (num_tiles > start && ",
-        "if (false && ",
+        "\n    if (row_before >= 0 && ",
+        "\n    if (false && ",
     ),
     Fault(
         "backward: gradients beyond key_lengths are left",
@@ -203,10 +203,24 @@ _HOPPER = [
         "from = base + (int)((first + row) * row_stride) + chunk * 8;",
         where="far",
     ),
+    Fault(
+        "block-sparse: a group takes part in every stage",
+        _HOPPER_FORWARD,
+        "found = step.who >> (threadIdx.x / 128) & 1;",
+        "found = step.who != 0;",
+        where="sparse",
+    ),
+    Fault(
+        "block-sparse: dS of another stage is added to dQ",
+        _HOPPER_BACKWARD,
+        "if (!(who >> from / 64 & 1)) continue;",
+        "",
+        where="sparse",
+    ),
 ]
 
 # What both families compile is planted for both.
-_SHARED = (_SOFTMAX, _POSTPROCESS)
+_SHARED = (_SOFTMAX, _POSTPROCESS, _WALK)
 FAULTS = [
     *_GENERIC,
     *(fault._replace(family="hopper") for fault in _HOPPER),

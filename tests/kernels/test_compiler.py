@@ -48,14 +48,33 @@ def test_a_build_holds_the_dense_and_the_block_sparse_kernel() -> None:
         assert compiler.key(sparse, "80") == compiler.key(dense, "80")
         source = (compiler.SOURCES / sparse.source).read_text()
         assert all(f" {one.entry}(const __grid_constant__" in source for one in (dense, sparse))
-    assert not any(one.sparse for one in kernel_plan.all_plans())
+    assert not any(one.sparse and not one.hopper for one in kernel_plan.all_plans())
 
 
-def test_there_are_at_most_150_variants_and_each_fits_an_a100() -> None:
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_hopper_block_sparse_kernels_have_tiles_of_their_own_or_the_dense_build(
+    kernel: kernel_plan.Kernel, dropout: bool
+) -> None:
+    for width in (32, 64, 96, 128):
+        dense, sparse = (plan(kernel, width, "bfloat16", dropout, hopper=True, sparse=s) for s in (False, True))
+        assert sparse.hopper and sparse.entry == f"{dense.entry}_sparse" and sparse.tiles.tile == 64
+        assert dense.defines["DENSE"] == sparse.defines["SPARSE"] == 1
+        same = dense.tiles == sparse.tiles
+        assert (compiler.key(dense, "90a") == compiler.key(sparse, "90a")) is same
+        assert dense.defines["SPARSE"] == sparse.defines["DENSE"] == int(same)
+        assert (sparse in kernel_plan.all_plans()) is not same and dense in kernel_plan.all_plans()
+    narrow = plan(kernel, 16, "bfloat16", dropout, hopper=True, sparse=True)
+    deterministic = plan("backward_keys", 64, "bfloat16", dropout, hopper=True, sparse=True)
+    assert narrow.sparse and not narrow.hopper and deterministic.sparse and not deterministic.hopper
+
+
+def test_there_are_at_most_150_variants_and_each_fits_its_gpu() -> None:
     plans = kernel_plan.all_plans()
     assert len(set(plans)) == len(plans) <= 150
     for one in plans:
-        assert one.shared_bytes <= 163 * 1024 and one.threads <= 1024, one.name
+        # A block of an A100 has 163 KB, of an H100 or H200 227.
+        assert one.shared_bytes <= (227 if one.hopper else 163) * 1024 and one.threads <= 1024, one.name
         if one.kernel in LOOPS:
             # Shared memory of 8.6 and 8.9: only the atomic backward may want more, and then the other form runs.
             assert one.shared_bytes <= 99 * 1024 or (one.kernel == "backward" and one.width >= 96), one.name

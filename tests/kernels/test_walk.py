@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("needs g++")
     built = tmp_path_factory.mktemp("walk") / "walk.so"
     source = Path(__file__).parent / "walk_host.cpp"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-pthread"]
     subprocess.run(["g++", *flags, f"-I{compiler.SOURCES}", str(source), "-o", str(built)], check=True)
     return ctypes.CDLL(str(built))
 
@@ -41,13 +42,22 @@ class Walker:
 
     def steps(self, lists: int, part: int, keys: bool, first: int) -> list[tuple[int, int]]:
         """Return (row, who) of each step; `keys` where the tile's rows are keys."""
+        return self._run(self.library.run_walk, lists, part, keys, first, part)
+
+    def warp_steps(self, lists: int, slack: int, keys: bool, first: int) -> list[tuple[int, int]]:
+        """Return the same for a warp that walks, in parts of 64 rows."""
+        return self._run(self.library.run_warp_walk, lists, slack, keys, first, 64)
+
+    def _run(
+        self, walk: Callable[..., int], lists: int, number: int, keys: bool, first: int, part: int
+    ) -> list[tuple[int, int]]:
         layout = self.layout
         blocks = (layout.col_ptr, layout.row_idx) if keys else (layout.row_ptr, layout.col_idx)
         room = lists * (layout.num_blocks + 1) * max(1, layout.block_size // part) + 1
         found = [(ctypes.c_int * room)(), (ctypes.c_int * room)()]
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in (*blocks, layout.head_to_pattern)]
         numbers = (ctypes.c_int * len(self.numbers))(*self.numbers)
-        count = self.library.run_walk(lists, part, int(keys), first, numbers, *pointers, *found)
+        count = walk(lists, number, int(keys), first, numbers, *pointers, *found)
         assert 0 <= count < room
         return list(zip(found[0][:count], found[1][:count], strict=True))
 
@@ -98,6 +108,28 @@ def test_each_stretch_visits_its_own_visible_rows_once_and_in_order(library: cty
                 for s in range(lists):
                     mine = [row for row, who in steps if who >> s & 1]
                     assert mine == walker.wanted(part, keys, first + s * STRETCH), (number, lists, part, keys, first, s)
+
+
+@pytest.mark.parametrize("slack", [0, 2])
+def test_a_warp_walks_the_same_rows(library: ctypes.CDLL, slack: int) -> None:
+    for number in range(20):
+        walker = random_walker(library, number)
+        for lists, keys in ((2, False), (4, True)):
+            for first in range(0, (walker.k_len if keys else walker.q_len) + STRETCH, lists * STRETCH):
+                steps = walker.warp_steps(lists, slack, keys, first)
+                assert lists != 2 or slack or steps == walker.steps(2, 64, keys, first)
+                for s in range(lists):
+                    mine = [row for row, who in steps if who >> s & 1]
+                    assert mine == walker.wanted(64, keys, first + s * STRETCH), (number, lists, keys, first, s)
+
+
+def test_slack_lets_stretches_meet_more_often(library: ctypes.CDLL) -> None:
+    mask = torch.rand(16, 16, generator=generator(0, 72)) < 0.5
+    walker = Walker(library, BlockLayout.from_mask(mask, 64), 0, (1024, 1024), False)
+    strict, loose = (sum(len(walker.warp_steps(4, n, False, f)) for f in range(0, 1024, 256)) for n in (0, 2))
+    assert loose < strict
+    dense = Walker(library, BlockLayout.dense(1000, 64), 0, (1000, 1000), False)
+    assert dense.warp_steps(4, 2, False, 0) == [(row, 15) for row in range(0, 1000, 64)]
 
 
 def test_parts_as_large_as_a_block_of_128(library: ctypes.CDLL) -> None:

@@ -14,7 +14,7 @@
 // row, and every stretch whose next row is the same joins in. A layout with every block is walked as the dense kernels
 // walk, from the first row to the last with everyone taking part.
 //
-// One thread walks: a producer with the state in its registers, or any thread with the state in shared memory (Route).
+// One thread walks, with the state in shared memory (Route), or a warp that copies does, a stretch a lane (WarpWalk).
 #pragma once
 #include "types.cuh"
 
@@ -26,32 +26,91 @@ struct Step {
     u32 who;  // bit s: stretch s takes part; 0: the walk is over
 };
 
+// One stretch's way through its list.
+struct Stretch {
+    int at, end;  // places in the entries
+    int part;     // within the block at hand
+    int row;      // of the next step, NO_ROW where there is none
+    int limit;    // rows from here on are not visited
+    int served;   // steps so far
+
+    // The list of the stretch whose first row is `own` of `own_rows`, from streamed row `first` on and below `bound`.
+    template <int PART>
+    __device__ __forceinline__ void open(const Params& p, const Work& w, int own, int own_rows, int first, int bound) {
+        static_assert(STRETCH % PART == 0 || PART % STRETCH == 0, "parts and stretches are counted in powers of two");
+        at = end = part = served = 0;
+        limit = bound;
+        const int line = own / p.block_size;
+        // Why the second test: a packed sequence may be longer than its caller said, and then than the layout.
+        if (own < own_rows && line < p.num_blocks) {
+            const i64 lists = (i64)p.head_to_pattern[w.head * p.pattern_stride] * p.num_blocks + line;
+            at = p.row_ptr[lists];
+            end = p.row_ptr[lists + 1];
+        }
+        if (first > 0) skip<PART>(p, first);
+        fetch<PART>(p.col_idx, p.block_size);
+    }
+    // Queries from `own` on, and the keys that they see.
+    template <int PART>
+    __device__ __forceinline__ void open_queries(const Params& p, const Work& w, int own) {
+        const int last = min(own + STRETCH, w.q_len) - 1;
+        open<PART>(p, w, own, w.q_len, 0, p.causal ? min(w.k_len, last + w.offset + 1) : w.k_len);
+    }
+    // Keys from `own` on, and the queries that see them.
+    template <int PART>
+    __device__ __forceinline__ void open_keys(const Params& p, const Work& w, int own) {
+        open<PART>(p, w, own, w.k_len, p.causal ? max(0, own - w.offset) : 0, w.q_len);
+    }
+
+    template <int PART>
+    __device__ __forceinline__ void advance(const int* entries, int block) {
+        ++served;
+        if (++part == block / PART) part = 0, ++at;
+        fetch<PART>(entries, block);
+    }
+
+   private:
+    // To the first entry whose block reaches row `first`, by halving: a causal tile may have most of a long list behind it.
+    template <int PART>
+    __device__ __forceinline__ void skip(const Params& p, int first) {
+        const int wanted = first / p.block_size;
+        int low = at, high = end;
+        while (low < high) {
+            const int middle = low + (high - low) / 2;
+            if (p.col_idx[middle] < wanted) low = middle + 1;
+            else high = middle;
+        }
+        at = low;
+        if (low < end && p.col_idx[low] == wanted) part = (first - wanted * p.block_size) / PART;
+    }
+
+    template <int PART>
+    __device__ __forceinline__ void fetch(const int* entries, int block) {
+        row = NO_ROW;
+        if (at >= end) return;
+        const int found = entries[at] * block + part * PART;
+        if (found < limit) row = found;
+    }
+};
+
 template <int LISTS, int PART>
 struct Walk {
     const int* entries;
     int block;
-    int at[LISTS], end[LISTS];          // places in `entries`
-    int part[LISTS];                    // within the block at hand
-    int row[LISTS];                     // of the next step, NO_ROW where there is none
-    int limit[LISTS];                   // rows from here on are not visited
-    int served[LISTS];                  // steps so far
+    Stretch stretches[LISTS];
 
     // The stationary rows are queries, `first_row` the tile's first; p has the rows' lists. Keys are streamed.
     __device__ __forceinline__ void start_queries(const Params& p, const Work& w, int first_row) {
+        entries = p.col_idx, block = p.block_size;
 #pragma unroll
-        for (int s = 0; s < LISTS; ++s) {
-            const int row = first_row + s * STRETCH, last = min(row + STRETCH, w.q_len) - 1;
-            open(s, p, w, row, w.q_len, 0, p.causal ? min(w.k_len, last + w.offset + 1) : w.k_len);
-        }
+        for (int s = 0; s < LISTS; ++s) stretches[s].template open_queries<PART>(p, w, first_row + s * STRETCH);
     }
 
     // The stationary rows are keys; p has the columns' lists in the rows' place. Queries are streamed.
     __device__ __forceinline__ void start_keys(const Params& p, const Work& w, int first_key) {
+        entries = p.col_idx, block = p.block_size;
 #pragma unroll
-        for (int s = 0; s < LISTS; ++s) {
-            const int key = first_key + s * STRETCH;
-            open(s, p, w, key, w.k_len, p.causal ? max(0, key - w.offset) : 0, w.q_len);
-        }
+        for (int s = 0; s < LISTS; ++s) stretches[s].template open_keys<PART>(p, w, first_key + s * STRETCH);
     }
 
     __device__ __forceinline__ Step next() {
@@ -59,58 +118,51 @@ struct Walk {
         Step step = {NO_ROW, 0};
 #pragma unroll
         for (int s = 0; s < LISTS; ++s) {
-            if (row[s] == NO_ROW) continue;
-            if (served[s] < least || (served[s] == least && row[s] < step.row)) least = served[s], step.row = row[s];
+            const Stretch& one = stretches[s];
+            if (one.row == NO_ROW) continue;
+            if (one.served < least || (one.served == least && one.row < step.row)) least = one.served, step.row = one.row;
         }
         if (step.row == NO_ROW) return step;
 #pragma unroll
         for (int s = 0; s < LISTS; ++s) {
-            if (row[s] != step.row) continue;
+            if (stretches[s].row != step.row) continue;
             step.who |= 1u << s;
-            ++served[s];
-            if (++part[s] == block / PART) part[s] = 0, ++at[s];
-            fetch(s);
+            stretches[s].template advance<PART>(entries, block);
         }
         return step;
     }
+};
+
+// The same by a whole warp: lane s holds stretch s, so a step costs a few instructions however many lists there are. With
+// SLACK a stretch may be that many steps ahead of another when it has the smallest row: then stretches whose lists have
+// rows in common meet more often, and one stage serves several. Groups of warps that do not wait for each other bear it.
+template <int LISTS, int PART, int SLACK>
+struct WarpWalk {
+    Stretch own;
+
+    __device__ __forceinline__ void start_queries(const Params& p, const Work& w, int first_row) {
+        if (start()) own.template open_queries<PART>(p, w, first_row + lane() * STRETCH);
+    }
+    __device__ __forceinline__ void start_keys(const Params& p, const Work& w, int first_key) {
+        if (start()) own.template open_keys<PART>(p, w, first_key + lane() * STRETCH);
+    }
+    __device__ __forceinline__ Step here() const {
+        const int least = __reduce_min_sync(ALL_LANES, own.row == NO_ROW ? NO_ROW : own.served);
+        const int row = __reduce_min_sync(ALL_LANES, own.served - least <= SLACK ? own.row : NO_ROW);
+        return {row, __ballot_sync(ALL_LANES, row != NO_ROW && own.row == row)};
+    }
+    // Past that step.
+    __device__ __forceinline__ void next(const Params& p, const Step& step) {
+        if (step.who >> lane() & 1) own.template advance<PART>(p.col_idx, p.block_size);
+    }
+    __device__ __forceinline__ bool over() const { return __all_sync(ALL_LANES, own.row == NO_ROW); }
 
    private:
-    // The list of the stretch whose first row is `own` of `own_rows`, from streamed row `first` on and below `bound`.
-    __device__ __forceinline__ void open(int s, const Params& p, const Work& w, int own, int own_rows, int first, int bound) {
-        static_assert(STRETCH % PART == 0 || PART % STRETCH == 0, "parts and stretches are counted in powers of two");
-        entries = p.col_idx;
-        block = p.block_size;
-        at[s] = end[s] = part[s] = served[s] = 0;
-        limit[s] = bound;
-        const int line = own / block;
-        // Why the second test: a packed sequence may be longer than its caller said, and then than the layout.
-        if (own < own_rows && line < p.num_blocks) {
-            const i64 lists = (i64)p.head_to_pattern[w.head * p.pattern_stride] * p.num_blocks + line;
-            at[s] = p.row_ptr[lists];
-            end[s] = p.row_ptr[lists + 1];
-        }
-        if (first > 0) skip(s, first);
-        fetch(s);
-    }
-
-    // To the first entry whose block reaches row `first`, by halving: a causal tile may have most of a long list behind it.
-    __device__ __forceinline__ void skip(int s, int first) {
-        const int wanted = first / block;
-        int low = at[s], high = end[s];
-        while (low < high) {
-            const int middle = low + (high - low) / 2;
-            if (entries[middle] < wanted) low = middle + 1;
-            else high = middle;
-        }
-        at[s] = low;
-        if (low < end[s] && entries[low] == wanted) part[s] = (first - wanted * block) / PART;
-    }
-
-    __device__ __forceinline__ void fetch(int s) {
-        row[s] = NO_ROW;
-        if (at[s] >= end[s]) return;
-        const int found = entries[at[s]] * block + part[s] * PART;
-        if (found < limit[s]) row[s] = found;
+    static __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
+    __device__ __forceinline__ bool start() {
+        own.row = NO_ROW;
+        own.served = 0;
+        return lane() < LISTS;
     }
 };
 

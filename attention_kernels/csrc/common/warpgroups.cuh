@@ -6,6 +6,7 @@
 // 128 a tile costs its copiers a few percent of the issue slots, and there is no tensor map to encode for each call.
 #pragma once
 #include "tiles.cuh"
+#include "walk.cuh"
 #include "wgmma.cuh"
 
 #define COPIERS 128
@@ -80,15 +81,19 @@ __device__ __forceinline__ void copy4(u32 to, const void* from, bool read) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(read ? 4 : 0) : "memory");
 }
 
-// Tells readers of copies once they have arrived: usually one tile behind the newest, so that two are on their way.
+// Tells readers of copies once they have arrived: usually BEHIND tiles behind the newest, so that BEHIND + 1 are on their way.
+template <int BEHIND>
 struct Announcer {
-    u32 filled;  // the barrier of copies not yet announced, or 0
+    u32 filled[BEHIND];  // the barriers of copies not yet announced, oldest first, or 0
     __device__ __forceinline__ void flush() {
-        if (filled == 0) return;
+        if (filled[BEHIND - 1] == 0) return;
         wait_copies<0>();
         show_to_products();
-        arrive(filled);
-        filled = 0;
+#pragma unroll
+        for (int i = 0; i < BEHIND; ++i) {
+            if (BEHIND == 1 || filled[i] != 0) arrive(filled[i]);
+            filled[i] = 0;
+        }
     }
     // Before copying to a buffer that may still be read. Why the flush: its readers may be waiting for those very copies.
     __device__ __forceinline__ void await_empty(u32 barrier, u32 parity) {
@@ -98,14 +103,32 @@ struct Announcer {
     // After the copies of a tile were issued.
     __device__ __forceinline__ void next(u32 barrier) {
         commit_copies();
-        if (filled != 0) {
-            wait_copies<1>();
+        if (filled[0] != 0) {
+            wait_copies<BEHIND>();
             show_to_products();
-            arrive(filled);
+            arrive(filled[0]);
         }
-        filled = barrier;
+#pragma unroll
+        for (int i = 1; i < BEHIND; ++i) filled[i - 1] = filled[i];
+        filled[BEHIND - 1] = barrier;
     }
 };
+
+// Block-sparse: what a stage holds, beside its barriers. Copiers walk the lists (walk.cuh) and post each step before they
+// announce the stage; the computing groups read it behind `filled`. With the bits of the groups that take part, whether
+// the work's last stage has come.
+#define LAST_STAGE 0x80000000u
+
+__device__ __forceinline__ void post_step(u32 to, const Step& step, bool last) {
+    if (threadIdx.x % COPIERS == 0)
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(step.row), "r"(step.who | (last ? LAST_STAGE : 0)) : "memory");
+}
+
+__device__ __forceinline__ Step read_step(u32 from) {
+    Step step;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(step.row), "=r"(step.who) : "r"(from) : "memory");
+    return step;
+}
 
 // The computing groups take turns at queueing products. Why: the tensor cores serve queued products of several groups side
 // by side, so groups that queue together also finish together, and then compete for the exponential unit; in turn, one
