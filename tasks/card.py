@@ -24,6 +24,26 @@ def card(name: str, data_dir: Path | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+_TRACKS = """\
+## Tracks
+What a recipe may use, as `track:` in its file; results of different tracks are never averaged or set in one column.
+
+| | paper | sequence | open |
+|---|---|---|---|
+| model and optimizer | the published protocol's | any Transformer | any Transformer |
+| positions | the protocol's, 1-D | 1-D: learned, sinusoidal or rotary over token numbers | also rows and columns |
+| training images | the task's own; Path-64 before Path-X and Path-256, as FlashAttention did | the task's own | \
+also other sizes and difficulties, fresh images |
+| changes to them | none | none; black pixels may be left out, hidden pixels guessed | also flips, turns, shifts |
+| at test time | every token | every token | every token |
+
+Outside the open track flips, turns, shifts and fresh images are refused, in chains also 2-D positions, and in the
+sequence track another set than the task's own. Paper: what FlashAttention's table 6 reports (61.4 on Path-X, 63.1 on
+Path-256).
+Sequence: where self-pretrained Transformers and state-space models are compared. Open: the rest, and to be read so.
+"""
+
+
 def all_cards() -> str:
     """Return docs/tasks.md."""
     intro = (
@@ -31,7 +51,7 @@ def all_cards() -> str:
         "Written by `python -m tasks.card`; `run_lra.py prepare TASK --card` shows one card with the figures of your\n"
         "own cache. Published numbers are test accuracies in percent; `configs/` names the protocol of each.\n"
     )
-    return "\n".join([intro, *(card(name) for name in _OWN)])
+    return "\n".join([intro, _TRACKS, *(card(name) for name in _OWN)])
 
 
 def _facts(task: Task) -> list[str]:
