@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lra.attention_view import write_view
+from lra.attention_view import VIEW_FILE, write_view
 from lra.base.console import info
 from lra.base.errors import LraError, RunError, Stopped
 from lra.base.files import write_json_atomic
@@ -69,6 +69,7 @@ def run_chain(chain: Chain, minutes: float | None = None) -> dict[str, Any]:
         claim = RunDir(chain.folder).claimed("chain", "give another --out") if world.is_main else nullcontext()
         with claim:
             check_ready(chain, world)
+            known = all(is_finished(RunDir(chain.stage_folder(i))) for i in range(len(chain.configs)))
             try:
                 for index, config in enumerate(chain.configs):
                     if not is_finished(RunDir(chain.stage_folder(index))):
@@ -86,7 +87,8 @@ def run_chain(chain: Chain, minutes: float | None = None) -> dict[str, Any]:
             if world.is_main:
                 export_weights(last, chain.folder / "weights")
                 write_json_atomic(chain.folder / "weights" / "chain.json", result)
-                write_view(last, chain.configs[-1], world, [chain.folder, chain.folder / "weights"])
+                if not (known and (chain.folder / "weights" / VIEW_FILE).is_file()):
+                    write_view(last, chain.configs[-1], world, [chain.folder, chain.folder / "weights"])
     return result
 
 

@@ -74,6 +74,7 @@ def test_a_chain_runs_to_the_end_and_a_second_call_trains_nothing(
     assert RunDir(out / "large").config().train.start_from == str(out / "small")
 
     monkeypatch.setattr(reproduce, "run_training", lambda *_: pytest.fail("a finished stage was trained again"))
+    monkeypatch.setattr(reproduce, "write_view", lambda *_: pytest.fail("what is drawn already was drawn again"))
     assert run_chain(load(chain_file, sets, out))["test"] == result["test"]
     # The weights alone give the number again, from wherever they are.
     weights = RunDir(out / "weights")
