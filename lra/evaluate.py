@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,18 +87,27 @@ def eval_batches(
     size = batch_size(config, cache.documents, on_gpu)
     for first in range(start, len(indices), size):
         places = np.arange(first, min(first + size, len(indices)))[world.rank :: world.size]
-        batch = None
-        if len(places):
-            batch = collate(
-                cache,
-                indices[places],
-                max_length=config.max_length,
-                cls=config.model.pooling == "cls",
-                black_pixels=config.data.black_pixels,
-            )
-            if on_gpu:
-                batch = rounded(batch, config.max_length + batch.cls, -(-size // world.size))
+        batch = _eval_batch(config, cache, indices[places], -(-size // world.size), on_gpu) if len(places) else None
         yield min(first + size, len(indices)), places, batch
+
+
+def _eval_batch(config: RunConfig, cache: Cache, examples: np.ndarray, full: int, on_gpu: bool) -> Batch:
+    """Return the batch of these examples, on a GPU with `full` ones: what is there beside them has the label -100.
+
+    Where all sequences have one length the last example is repeated: the last batch then has the form of all others.
+    """
+    cls, bound = config.model.pooling == "cls", config.max_length + int(config.model.pooling == "cls")
+    form: dict[str, Any] = {
+        "max_length": config.max_length, "cls": cls, "black_pixels": config.data.black_pixels,
+    }  # fmt: skip
+    batch = collate(cache, examples, **form)
+    missing = full - len(examples)
+    if not on_gpu:
+        return batch
+    if missing and batch.uniform and batch.max_length == bound:
+        batch = collate(cache, np.concatenate([examples, np.repeat(examples[-1:], missing)]), **form)
+        batch.labels_B[len(examples) :] = -100
+    return rounded(batch, bound, full)
 
 
 def batch_size(config: RunConfig, documents: int, on_gpu: bool) -> int:
@@ -118,12 +128,11 @@ def evaluate(
     indices: np.ndarray,
     world: World,
     *,
-    forward: Callable[[Batch], Tensor] | None = None,
     stop: StopRequest | None = None,
     partial: Path | None = None,
     title: str = "evaluate",
 ) -> Scores:
-    """Score `model` on the examples `indices`; `forward` is its compiled form, if there is one.
+    """Score `model` on the examples `indices`.
 
     The host reads nothing until the end (or a stop), so a GPU computes without a pause. With `stop`, a stop request
     writes what was done to `partial` and raises Stopped; the next call with the same `partial` goes on from there. The
@@ -132,7 +141,6 @@ def evaluate(
     key = _partial_key(config, len(indices))
     predictions, loss_sum, start = _read_partial(partial, key, len(indices), world)
     device, was_training = world.device, model.training
-    forward = forward or model
     found: list[tuple[np.ndarray, Tensor]] = []
     loss = torch.tensor(loss_sum, dtype=torch.float64, device=device)
     model.eval()
@@ -144,7 +152,7 @@ def evaluate(
             for after, places, batch in feed:
                 if batch is not None:
                     batch = batch.to(device)
-                    logits_BC = forward(batch)
+                    logits_BC = model(batch)
                     found.append((places, logits_BC.argmax(1)[: len(places)]))
                     loss += F.cross_entropy(logits_BC, batch.labels_B, reduction="sum")
                     pace.step()

@@ -9,14 +9,12 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import attention_kernels as ak
 from lra import checkpoint as checkpoints
@@ -38,7 +36,6 @@ from lra.run_dir import RunDir, environment, now
 from lra.statistics import class_scores, confusion
 from lra.train import train
 from lra.transfer import checkpoint_of, saved_weights
-from tasks.batches import Batch
 from tasks.cache import build_cache, find_cache, open_cache
 from tasks.registry import get
 
@@ -193,9 +190,7 @@ def test_weights(
     tests: dict[str, Scores] = {}
     if choice != "best_val" or best_is_last:
         with learner.watch.measure("eval"), learner.evaluated_weights():
-            tests["last"] = _test(
-                learner.model, learner.predict, config, data, run, world, stop, f"last-step{learner.step}"
-            )
+            tests["last"] = _test(learner.model, config, data, run, world, stop, f"last-step{learner.step}")
     if best_is_last:
         tests["best_val"] = tests["last"]
     elif best is not None and choice != "last":
@@ -203,13 +198,12 @@ def test_weights(
         load_weights(learner.model, saved.tensors, averaged=True)
         with learner.watch.measure("eval"):
             name = f"best-step{best.step}"
-            tests["best_val"] = _test(learner.model, learner.predict, config, data, run, world, stop, name)
+            tests["best_val"] = _test(learner.model, config, data, run, world, stop, name)
     return tests
 
 
 def _test(
     model: Classifier,
-    forward: Callable[[Batch], Tensor],
     config: RunConfig,
     data: Data,
     run: RunDir,
@@ -219,7 +213,7 @@ def _test(
 ) -> Scores:
     partial = run.path / f"partial-test-{config.attention.backend}-{name}.json"
     title, indices = f"test {name}", data.splits["test"]
-    return evaluate(model, config, data.cache, indices, world, forward=forward, stop=stop, partial=partial, title=title)
+    return evaluate(model, config, data.cache, indices, world, stop=stop, partial=partial, title=title)
 
 
 def run_evaluation(
@@ -245,7 +239,7 @@ def run_evaluation(
         load_weights(model, saved.tensors, averaged=True)
         check_fits(config, num_parameters(model), world.device, world.size)
         try:
-            scores = _test(model, model, config, data, run, world, stop, f"{which}-step{saved.step}")
+            scores = _test(model, config, data, run, world, stop, f"{which}-step{saved.step}")
         except Stopped as e:
             raise Stopped(e.cause, "Give the same command again: it goes on from there.") from e
         name = f"{config.attention.backend}-{which}"

@@ -17,6 +17,7 @@ from lra.attention import backend_class
 from lra.base.console import info, warn
 from lra.base.errors import ConfigError, RunError
 from lra.base.seeds import torch_seed
+from lra.compiling import compile_parts
 from lra.config import RunConfig
 from lra.distributed import World
 from lra.ema import Ema
@@ -75,12 +76,10 @@ class Learner:
     model: Classifier
     objective: Objective
     forward: Callable[[Batch], Tensor]
-    """The objective, perhaps compiled and replicated: the loss of a batch."""
+    """The objective, perhaps replicated: the loss of a batch."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Ema | None
-    predict: Callable[[Batch], Tensor]
-    """The model, perhaps compiled: the logits of a batch. Never exchanges anything with other processes."""
     gate: Gate | None = None
     """None: the host reads every step's numbers before the update."""
     graphs: Graphs | None = None
@@ -110,6 +109,8 @@ def make_learner(config: RunConfig, world: World) -> Learner:
     if world.size > 1:
         wrapped = DistributedDataParallel(objective, device_ids=[world.device] if world.device.type == "cuda" else None)
     compiles, traced_whole = wants_compile(config, world.device), backend_class(config.attention.backend).static
+    if compiles:
+        compile_parts(objective, traced_whole)
     if compiles and config.train.deterministic:
         # Newer compilers measure which of several forms is quickest; another choice has other bits.
         from torch._inductor import config as inductor
@@ -118,8 +119,7 @@ def make_learner(config: RunConfig, world: World) -> Learner:
     learner = Learner(
         model=model,
         objective=objective,
-        forward=compiled(wrapped, traced_whole) if compiles else wrapped,
-        predict=compiled(model, traced_whole) if compiles else model,
+        forward=wrapped,
         optimizer=make_optimizer(model, config.train),
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16"),
         ema=None if config.train.ema is None else Ema(model, config.train.ema),
@@ -163,28 +163,6 @@ def why_no_graphs(learner: Learner, config: RunConfig, world: World) -> str | No
     # Recordings have memory of their own beside that of steps run plainly.
     needed = 2 * estimate(config, num_parameters(learner.model)).total
     return None if needed <= available_bytes(world.device) else "the GPU has less than twice the estimated memory"
-
-
-def compiled(module: nn.Module, traced_whole: bool) -> Callable[[Batch], Tensor]:
-    """Return the module's compiled form, one code for every number of rows where lengths vary.
-
-    `traced_whole`: raise where anything in it cannot be traced, instead of running that part plainly.
-    """
-    forward = torch.compile(module, fullgraph=traced_whole)
-
-    def run(batch: Batch) -> Tensor:
-        for tensor in rows_that_vary(batch):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        result: Tensor = forward(batch)
-        return result
-
-    return run
-
-
-def rows_that_vary(batch: Batch) -> list[Tensor]:
-    """Return the tensors whose length is another in another batch of the same training."""
-    rows = [] if batch.uniform else [batch.tokens_T, batch.positions_T]
-    return rows if batch.keys is None else [*rows, batch.keys.index_K]
 
 
 def save(learner: Learner, config: RunConfig, run: RunDir, world: World) -> None:

@@ -8,7 +8,9 @@ C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +152,25 @@ class Denoiser(nn.Module):
         return torch.where(hidden_T, losses_T, 0.0).sum() / hidden_T.sum().clamp(min=1)
 
 
+class Started(NamedTuple):
+    """What goes into the layers."""
+
+    x_TE: Tensor
+    packed: Packed
+    keys: KeyRows | None
+    turn: Turn | None
+    seeds: Tensor
+
+
+class Parts(NamedTuple):
+    """The functions that the model is run by: its own, or their compiled forms (lra/compiling.py)."""
+
+    start: Callable[[Classifier, Batch, Tensor | None], Started]
+    layer: Callable[..., Tensor]
+    """Takes a Layer and its arguments. One function for all, so that one compiled code serves all."""
+    predict: Callable[[Classifier, Tensor, Packed], Tensor]
+
+
 class Classifier(nn.Module):
     """Encoder, pooling and head; takes a Batch, gives logits."""
 
@@ -178,6 +199,7 @@ class Classifier(nn.Module):
         self.head = make_head(model, task)
         # Guesses bytes as they are stored, before any shift of the task: 256 classes at most.
         self.denoiser = None if config.train.denoise is None else Denoiser(model.width, NUM_BYTES)
+        self.parts = Parts(Classifier.start, Layer.__call__, Classifier.predict)
         self.reset_parameters(model)
 
     def reset_parameters(self, model: ModelConfig) -> None:
@@ -216,13 +238,20 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return float32 logits (B, C)."""
-        return self.classify(*self.encode(batch))
+        return self.parts.predict(self, *self.through(batch))
 
-    def encode(self, batch: Batch, hidden_T: Tensor | None = None) -> tuple[Tensor, Packed]:
-        """Return every row's vector (T, E) after the last norm, and where the sequences lie.
+    def through(self, batch: Batch, hidden_T: Tensor | None = None) -> tuple[Tensor, Packed]:
+        """Return every row's vector (T, E) after the last layer, before the last norm, and where the sequences lie.
 
         hidden_T (boolean) are rows whose token the encoder must not see.
         """
+        x_TE, packed, keys, turn, seeds = self.parts.start(self, batch, hidden_T)
+        for layer, seed in zip(self.layers, seeds, strict=True):
+            x_TE = self.parts.layer(layer, x_TE, packed, keys, turn, seed)
+        return x_TE, packed
+
+    def start(self, batch: Batch, hidden_T: Tensor | None) -> Started:
+        """Return what the first layer takes, and (depth, 2) int64 seeds, one pair for each layer's dropout masks."""
         packed = pack_info(batch.cu_seqlens, batch.max_length, batch.tokens_T.shape[0], uniform=batch.uniform)
         keys = key_rows(batch.keys)
         positions_T = batch.positions_T.to(torch.int64)
@@ -237,10 +266,17 @@ class Classifier(nn.Module):
             x_TE = x_TE + self.table(positions_T)
         x_TE = self.dropout(x_TE)
         turn = self.turn(positions_T)
-        # Drawn by torch's generator once a forward pass: (depth, 2), one pair a layer.
+        # Drawn by torch's generator once a forward pass.
         seeds = torch.randint(-(2**62), 2**62, (len(self.layers), 2), device=x_TE.device)
-        for layer, seed in zip(self.layers, seeds, strict=True):
-            x_TE = layer(x_TE, packed, keys, turn, seed)
+        return Started(x_TE, packed, keys, turn, seeds)
+
+    def predict(self, x_TE: Tensor, packed: Packed) -> Tensor:
+        """Return float32 logits (B, C) from what `through` gave."""
+        return self.classify(self.final_norm(x_TE), packed)
+
+    def encode(self, batch: Batch, hidden_T: Tensor | None = None) -> tuple[Tensor, Packed]:
+        """Return every row's vector (T, E) after the last norm, and where the sequences lie; hidden_T as above."""
+        x_TE, packed = self.through(batch, hidden_T)
         return self.final_norm(x_TE), packed
 
     def classify(self, x_TE: Tensor, packed: Packed) -> Tensor:

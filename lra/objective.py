@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lra.config import DenoiseConfig, TrainConfig
 from lra.model import Classifier
+from lra.packing import Packed
 from tasks.batches import Batch
+
+Finish = Callable[["Objective", Tensor, Packed, Batch, Tensor | None], Tensor]
 
 
 class Objective(nn.Module):
@@ -26,6 +31,8 @@ class Objective(nn.Module):
         # On the device, so that a recorded step (CUDA graph) finds the factor of its own time here.
         self.register_buffer("factor", torch.ones(()), persistent=False)
         self.factor: Tensor
+        # As the model's `parts`: its own function or a compiled form.
+        self.finish: Finish = Objective.loss
 
     def begin(self, step: int) -> None:
         """Set what depends on the step; the host calls it before each one."""
@@ -34,12 +41,18 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss, float32."""
-        if self.denoise is None:
-            return self.label_loss(self.model(batch), batch)
-        hidden_T = hidden_tokens(batch, self.denoise.rate * self.factor)
-        x_TE, packed = self.model.encode(batch, hidden_T)
+        hidden_T = None if self.denoise is None else hidden_tokens(batch, self.denoise.rate * self.factor)
+        x_TE, packed = self.model.through(batch, hidden_T)
+        return self.finish(self, x_TE, packed, batch, hidden_T)
+
+    def loss(self, x_TE: Tensor, packed: Packed, batch: Batch, hidden_T: Tensor | None) -> Tensor:
+        """Return the loss of what the layers gave."""
+        x_TE = self.model.final_norm(x_TE)
+        label_loss = self.label_loss(self.model.classify(x_TE, packed), batch)
+        if self.denoise is None or hidden_T is None:
+            return label_loss
         guessed = self.model.denoising_loss(x_TE, batch.tokens_T, hidden_T)
-        return self.label_loss(self.model.classify(x_TE, packed), batch) + self.denoise.weight * self.factor * guessed
+        return label_loss + self.denoise.weight * self.factor * guessed
 
     def label_loss(self, logits_BC: Tensor, batch: Batch) -> Tensor:
         """Return the cross-entropy of the labels."""

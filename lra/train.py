@@ -101,7 +101,6 @@ def validate(
             data.cache,
             data.splits["val"],
             world,
-            forward=learner.predict,
             stop=stop,
             partial=partial,
             title="validate",

@@ -15,7 +15,7 @@ FLOORS = [
     ["lra.attention", "lra.config", "lra.recipes", "lra.packing", "lra.statistics"],
     ["lra.model", "lra.positions", "lra.pooling", "lra.optim", "lra.muon", "lra.ema", "lra.checkpoint", "lra.run_dir",
      "lra.preempt", "lra.distributed", "lra.memory", "lra.graphs", "lra.objective", "lra.learner", "lra.transfer",
-     "lra.restarts", "lra.feed", "lra.mixers"],
+     "lra.compiling", "lra.restarts", "lra.feed", "lra.mixers"],
     ["lra.train", "lra.step", "lra.train_log", "lra.evaluate"],
     ["lra.experiment", "lra.board", "lra.report", "lra.plots", "lra.figures", "lra.pictures", "lra.tables",
      "lra.published", "lra.runs", "lra.records", "lra.report_tables", "lra.run_tables", "lra.summary", "lra.page",

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from lra.compiling import compile_parts
 from lra.config import RunConfig
+from lra.distributed import World
+from lra.evaluate import eval_batches
 from lra.experiment import open_data
 from lra.feed import make_batches
 from lra.graphs import size_of
-from lra.learner import Gate, Learner, compiled, make_learner, wants_compile
+from lra.learner import Gate, Learner, make_learner, wants_compile
 from lra.model import Classifier
+from lra.objective import Objective
 from lra.packing import look_up, take_rows
 from lra.step import gated_work
 from tasks.batches import Batch, Keys, rounded
@@ -113,31 +118,59 @@ EVERY = ["flash", "block_sparse", "standard", "sdpa"]
 MIXERS = ["linformer", "linear", "performer", "local", "reformer", "smyrf"]
 
 
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Let torch.compile only trace, and count how often it does."""
+    torch._dynamo.reset()
+    counter, real = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=counter, **options))
+    return counter
+
+
+def traced(config: RunConfig) -> Objective:
+    objective = Objective(Classifier(config), config.train)
+    compile_parts(objective, traced_whole=True)
+    return objective
+
+
 @pytest.mark.parametrize("backend", [*EVERY, *(pytest.param(m, marks=pytest.mark.slow) for m in MIXERS)])
-def test_one_compilation_serves_every_number_of_rows(
-    backend: str, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_compilation_serves_every_layer_and_number_of_rows(
+    backend: str, tiny_data: Path, counter: CompileCounterWithBackend
 ) -> None:
-    torch._dynamo.reset()
-    counter, real = CompileCounterWithBackend("aot_eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, **options: real(module, backend=counter, **options))
-    model = Classifier(tiny("listops", tiny_data, f"attention={backend}"))
-    forward = compiled(model, traced_whole=True)
-    for lengths in ([10, 60, 64, 5], [64, 64, 64, 60], [3, 4, 5, 6], [64, 30, 64, 64], [64, 64, 64, 63]):
-        batch = rounded(batch_of(lengths), 64)
-        F.cross_entropy(forward(batch), batch.labels_B).backward()
-    assert counter.frame_count == 1
+    extra = ["model.depth=3", "train.denoise.rate=0.15"] if backend == "flash" else []
+    objective = traced(tiny("listops", tiny_data, f"attention={backend}", *extra))
+    sizes = ([10, 60, 64, 5], [64, 64, 64, 60], [3, 4, 5, 6], [64, 30, 64, 64], [64, 64, 64, 63])
+    for lengths in sizes:
+        objective(rounded(batch_of(lengths), 64)).backward()
+    assert counter.frame_count == 3  # before the layers, one layer, behind them
+    objective.eval()
+    with torch.no_grad():
+        for lengths in sizes:
+            objective.model(rounded(batch_of(lengths), 64))
+    assert counter.frame_count == 6
 
 
-def test_dropped_keys_need_one_compilation_too(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    counter, real = CompileCounterWithBackend("aot_eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, **options: real(module, backend=counter, **options))
-    model = Classifier(tiny("image", tiny_data, "data.black_pixels=not_key", "attention=flash")).eval()
-    forward = compiled(model, traced_whole=True)
+def test_dropped_keys_need_one_compilation_too(tiny_data: Path, counter: CompileCounterWithBackend) -> None:
+    config = tiny("image", tiny_data, "data.black_pixels=not_key", "attention=flash")
+    objective = traced(config).eval()
+    plain = Classifier(config).eval()
+    plain.load_state_dict(objective.model.state_dict())
     for _ in range(4):
         batch = rounded(batch_of([1024] * 2, keys=True), 1024)
-        torch.testing.assert_close(forward(batch), model(batch), rtol=1e-4, atol=1e-5)
-    assert counter.frame_count == 1
+        torch.testing.assert_close(objective.model(batch), plain(batch), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 3
+
+
+def test_the_last_batch_of_whole_sequences_has_the_form_of_all_others(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    config = tiny("image", tiny_data, "train.eval_batch_size=4")
+    cache = open_data(config).cache
+    batches = [b for _, _, b in eval_batches(config, cache, np.arange(6), World(0, 1, CUDA), 0) if b is not None]
+    assert [size_of(b) for b in batches] == [size_of(batches[0])] * 2 and batches[1].uniform
+    assert batches[1].labels_B.tolist() == [*cache.labels[4:6].tolist(), -100, -100]
+    assert torch.equal(batches[1].tokens_T[:1024], torch.from_numpy(np.array(cache.tokens[4 * 1024 : 5 * 1024])))
 
 
 def gated(config: RunConfig) -> tuple[Learner, Gate]:

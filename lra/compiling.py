@@ -1,0 +1,90 @@
+"""torch.compile by parts: what comes before the layers, one layer, what comes behind them; each once.
+
+All layers run one function, and parameters are inputs of compiled code, so one compilation serves them all: the start
+of a run does not grow with the depth. Nothing is lost to it: what the compiler merges lies within a layer.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lra.attention import KeyRows
+from lra.model import Classifier, Layer, Parts, Started, Turn
+from lra.objective import Objective
+from lra.packing import Packed
+from tasks.batches import Batch
+
+
+def compile_parts(objective: Objective, traced_whole: bool) -> None:
+    """Let the objective and its model run by compiled code, one for every number of rows where lengths vary.
+
+    `traced_whole`: raise where anything in a layer cannot be traced, instead of running that part plainly.
+    """
+    # The compiler looks at the gradients of what it is given, and a layer's input is no parameter.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
+    start: Callable[..., Started] = torch.compile(Classifier.start, fullgraph=True)
+    layer: Callable[..., Tensor] = torch.compile(Layer.forward, fullgraph=traced_whole)
+    predict: Callable[..., Tensor] = torch.compile(Classifier.predict, fullgraph=True)
+    loss: Callable[..., Tensor] = torch.compile(Objective.loss, fullgraph=True)
+
+    def run_start(model: Classifier, batch: Batch, hidden_T: Tensor | None) -> Started:
+        rows_vary(batch.uniform, batch.tokens_T, batch.positions_T, hidden_T)
+        if batch.keys is not None:
+            rows_vary(False, batch.keys.index_K)
+        return start(model, batch, hidden_T)
+
+    def run_layer(
+        one: Layer, x_TE: Tensor, packed: Packed, keys: KeyRows | None, turn: Turn | None, seed: Tensor
+    ) -> Tensor:
+        rows_vary(packed.is_uniform, x_TE, packed.padded_row_T, *(turn or ()))
+        if keys is not None:
+            rows_vary(False, keys.index_K, keys.packed.padded_row_T)
+        return layer(one, x_TE, packed, keys, turn, seed)
+
+    def run_predict(model: Classifier, x_TE: Tensor, packed: Packed) -> Tensor:
+        rows_vary(packed.is_uniform, x_TE, packed.padded_row_T)
+        return predict(model, x_TE, packed)
+
+    def run_loss(own: Objective, x_TE: Tensor, packed: Packed, batch: Batch, hidden_T: Tensor | None) -> Tensor:
+        rows_vary(packed.is_uniform, x_TE, packed.padded_row_T, batch.tokens_T, batch.positions_T, hidden_T)
+        if batch.keys is not None:
+            rows_vary(False, batch.keys.index_K)
+        return loss(own, x_TE, packed, batch, hidden_T)
+
+    objective.model.parts = Parts(run_start, run_layer, run_predict)
+    objective.finish = run_loss
+
+
+def rows_vary(uniform: bool, *tensors: Tensor | None) -> None:
+    """Tell the compiler that another batch of the same training has another number of rows, unless it has not."""
+    if uniform:
+        return
+    for tensor in tensors:
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def warm_compiler() -> None:
+    """Start the compiler's workers and load its modules in the background, while data and model are made."""
+
+    def load() -> None:
+        # Only a head start: what is missing or failed here is met again, and told, where it is needed.
+        with suppress(Exception):
+            from torch._inductor import async_compile, compile_fx  # noqa: F401
+
+            async_compile.maybe_warm_pool()
+
+    threading.Thread(target=load, name="warm-compiler", daemon=True).start()
+
+
+def compiler_seconds() -> float:
+    """Return the seconds that this process has spent in torch.compile so far."""
+    spent: dict[str, Any] = torch._dynamo.utils.calculate_time_spent()
+    return float(spent["total_wall_time"])
