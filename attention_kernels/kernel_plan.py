@@ -40,7 +40,6 @@ class Tiles:
     shared_operands: int = 0
     ds_slots: int = 0  # Hopper backward: tiles of dS at a time
     turns: int = 0  # Hopper forward: 1 lets the warpgroups take turns at queueing products
-    early: int = 0  # Hopper backward without dropout: 1 or 2 starts dV while dS is computed (hopper_backward.cu)
     persistent: int = 1  # Hopper: 1 launches as many blocks as run at a time, 0 one for each piece of work
 
 
@@ -83,7 +82,7 @@ class Plan:
         if self.hopper:
             named |= {"SHARED_OPERANDS": t.shared_operands, **self._kernels_of_build}
             if self.kernel == "hopper_backward":
-                return named | {"DS_SLOTS": t.ds_slots, "EARLY": t.early, "PERSISTENT": t.persistent}
+                return named | {"DS_SLOTS": t.ds_slots, "PERSISTENT": t.persistent}
             return named | {"KEY_TILE": t.tile, "TURNS": t.turns}
         if self._over_keys:
             with_dq = int(self.kernel == "backward")
@@ -207,8 +206,9 @@ _HOPPER_BACKWARD = {
     96: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0),
     128: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0),
 }
-# Block-sparse: a stage is one step of the walk, so 64 keys or queries. More stages and tiles of dS than the dense kernels
-# have: groups with different lists run apart. By kernel, width and dropout.
+# Block-sparse: a stage is one step of the walk, 64 keys or queries. There are more stages and tiles of dS than in dense
+# kernels, since groups with different lists run apart. With 16 warps the forward spills up to 52 bytes, nearly all of
+# them what counts the pieces of work: once for each piece. By kernel, width and dropout.
 _HOPPER_SPARSE: dict[tuple[Kernel, int, bool], Tiles] = {
     ("hopper_forward", 32, False): Tiles(16, 1, 64, 64, 8, 1),
     ("hopper_forward", 32, True): Tiles(12, 1, 64, 64, 8, 1),
@@ -282,4 +282,8 @@ def hopper_plans() -> list[Plan]:
 def cover_plans() -> list[Plan]:
     """Return a covering set: every kernel at every width, and each dtype and dropout with every kernel."""
     picked = [plan(k, w, DTYPES[i % 2], i % 3 == 0) for k in _LOOPS for i, w in enumerate(WIDTHS)]
-    return picked + [plan("postprocess", 32, "float16", False), plan("preprocess", 0, "bfloat16", False)]
+    hopper = [plan(k, w, DTYPES[i % 2], False, hopper=True) for k in _HOPPER for i, w in enumerate(_HOPPER_FORWARD)]
+    # With dropout where tiles are block-sparse only: there every variant is free of spills.
+    sparse = [plan(k, w, DTYPES[i], True, hopper=True, sparse=True) for k in _HOPPER for i, w in enumerate((32, 64))]
+    rest = [plan("postprocess", 32, "float16", False), plan("preprocess", 0, "bfloat16", False)]
+    return picked + hopper + sparse + rest
