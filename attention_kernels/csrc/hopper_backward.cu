@@ -3,8 +3,7 @@
 //
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
 //   WARPS (computing, four a group), STAGES (of 64 queries), DS_SLOTS, PERSISTENT, MIN_BLOCKS,
-//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory),
-//   EARLY (without dropout; 1: dV runs while dS is computed, 2: and dS takes P as it was rounded for dV: fewer registers).
+//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory).
 //
 // The last warpgroup copies tiles of q, dO and the row statistics; each of the others owns 64 keys:
 //
@@ -36,16 +35,24 @@ __device__ __forceinline__ void hide(Block& s, const Params& p, const Work& w, i
     }
 }
 
-// The masks of 16 queries x this warp's 16 keys, turned to keys x queries: [key half][query half].
-__device__ __forceinline__ void turned_masks(u32 (&masks)[2][2], const Params& p, const Philox& philox, int row, int first_key) {
-    u32 keep[4];
-    keep_bits(keep, p, philox, row >> 4, first_key >> 5);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const u32 bits = first_key & 16 ? keep[2 + h] : keep[h];
-        masks[h][0] = transpose8x8(pair_mask<0>(bits));
-        masks[h][1] = transpose8x8(pair_mask<1>(bits));
+// The dropout mask of this lane's 32 elements in one register. Flag 2 step + half of byte 2 h + e is that of s[n][2 h + e] for
+// n = 2 step + half: shifted to the top of its byte, it spreads as in philox.cuh.
+__device__ __forceinline__ u32 draw_flags(const Params& p, Philox philox, int row, int first_key) {
+    u32 flags = 0;
+    // Why: the compiler would keep what it can compute of these, fourteen round keys to begin with, through the whole loop.
+    asm volatile("" : "+r"(philox.key0), "+r"(philox.key1), "+r"(philox.sample), "+r"(philox.head));
+#pragma unroll 2
+    for (int step = 0; step < QUERY_TILE / 16; ++step) {
+        u32 keep[4];
+        keep_bits(keep, p, philox, (row >> 4) + step, first_key >> 5);
+        // This warp's 16 keys are half of the 32 that are drawn together; keys x queries is the other way round.
+        const u32 upper = first_key & 16, keys0 = upper ? keep[2] : keep[0], keys1 = upper ? keep[3] : keep[1];
+        const u32 first[2] = {transpose8x8(pair_mask<0>(keys0)), transpose8x8(pair_mask<0>(keys1))};
+        const u32 second[2] = {transpose8x8(pair_mask<1>(keys0)), transpose8x8(pair_mask<1>(keys1))};
+        flags |= __byte_perm(first[0], first[1], 0x6420) & 0x01010101u << 2 * step;
+        flags |= __byte_perm(second[0], second[1], 0x6420) & 0x01010101u << 2 * step + 1;
     }
+    return flags;
 }
 
 // One statistic of the queries that this lane sees in blocks n and n + 1 of 8: 2t and 2t + 1 of each.
@@ -57,7 +64,7 @@ __device__ __forceinline__ float4 load_pairs(u32 from, int n) {
 }
 
 // Loaded ahead, while products run, where registers allow, else when wanted.
-#if WARPS == 8 || HEAD_DIM <= 32
+#if HEAD_DIM <= 32 || WARPS == 8 && (HEAD_DIM < 128 || !DROPOUT)
 struct RowPairs {
     float4 pairs[QUERY_TILE / 16];
     __device__ __forceinline__ explicit RowPairs(u32 from) {
@@ -74,50 +81,26 @@ struct RowPairs {
 };
 #endif
 
-#if EARLY
-__device__ __forceinline__ void round_weights(Fragments& weights, const Block& s) {
-#pragma unroll
-    for (int n = 0; n < QUERY_TILE / 8; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) weights[n / 2][n % 2 * 2 + h] = pack(s[n][2 * h], s[n][2 * h + 1]);
-}
-#endif
-
-// dS from scores that hold P already, and P rounded unless that was done; with dropout, the mask is laid over both.
+// P and dS from scores that hold P already: rounds both, with the dropout mask laid over them.
 __device__ __forceinline__ void differentiate(Fragments& weights, Fragments& ds, const Block& s, const Block& dp, const RowPairs& d_pairs,
-                                              const Params& p, const Philox& philox, int row, int first_key) {
+                                              u32 flags, float keep_scale) {
 #pragma unroll
-    for (int step = 0; step < QUERY_TILE / 16; ++step) {
-#if DROPOUT
-        u32 masks[2][2];
-        turned_masks(masks, p, philox, row + 16 * step, first_key);
-#endif
-        const float4 d = d_pairs[2 * step];
+    for (int n = 0; n < QUERY_TILE / 8; ++n) {
+        const float4 d = d_pairs[n];
+        const float d0 = n % 2 ? d.z : d.x, d1 = n % 2 ? d.w : d.y;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int n = 2 * step + half;
-            const float d0 = half ? d.z : d.x, d1 = half ? d.w : d.y;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-#if EARLY == 2
-                const float2 rounded = unpack(weights[step][2 * half + h]);
-                const float x = rounded.x, y = rounded.y;
-#else
-                const float x = s[n][2 * h], y = s[n][2 * h + 1];
-#endif
-                float gx = dp[n][2 * h], gy = dp[n][2 * h + 1];
+        for (int h = 0; h < 2; ++h) {
+            const float x = s[n][2 * h], y = s[n][2 * h + 1];
+            float gx = dp[n][2 * h], gy = dp[n][2 * h + 1];
+            u32 rounded = pack(x, y);
 #if DROPOUT
-                const u32 pair = masks[h][half];
-                weights[step][2 * half + h] = pack(x, y) & pair;
-#elif !EARLY
-                weights[step][2 * half + h] = pack(x, y);
+            const u32 pair = h ? pair_mask<1>(flags << 7 - n) : pair_mask<0>(flags << 7 - n);
+            rounded &= pair;
+            gx = masked(gx, low_mask(pair)) * keep_scale;
+            gy = masked(gy, high_mask(pair)) * keep_scale;
 #endif
-#if DROPOUT
-                gx = masked(gx, low_mask(pair)) * p.keep_scale;
-                gy = masked(gy, high_mask(pair)) * p.keep_scale;
-#endif
-                ds[step][2 * half + h] = pack(x * (gx - d0), y * (gy - d1));
-            }
+            weights[n / 2][n % 2 * 2 + h] = rounded;
+            ds[n / 2][n % 2 * 2 + h] = pack(x * (gx - d0), y * (gy - d1));
         }
     }
 }
@@ -185,16 +168,19 @@ struct Keys {
     Sums dk, dv;
 };
 
-__device__ __forceinline__ void load_keys(Keys& keys, const Params& p, const Work& w, int first_key) {
+// From the tiles at `keys_at`, which are there.
+__device__ __forceinline__ void load_keys(Keys& keys, u32 keys_at) {
 #pragma unroll
     for (int d = 0; d < HEAD_DIM / 8; ++d)
 #pragma unroll
         for (int c = 0; c < 4; ++c) keys.dk[d][c] = keys.dv[d][c] = 0.f;
 #if !SHARED_OPERANDS
+    const int row = (threadIdx.x >> 5) * 16 + (threadIdx.x & 15), side = threadIdx.x >> 4 & 1;
 #pragma unroll
     for (int kk = 0; kk < K_STEPS; ++kk) {
-        load_fragment(keys.k[kk], at(p.k, p.k_strides, w, w.k_start), p.k_strides.row, first_key, w.k_len, 16 * kk, p.head_dim);
-        load_fragment(keys.v[kk], at(p.v, p.v_strides, w, w.k_start), p.v_strides.row, first_key, w.k_len, 16 * kk, p.head_dim);
+        const u32 from = keys_at + kk / PANEL_STEPS * KEYS * PANEL_ROW + row * PANEL_ROW + ((kk % PANEL_STEPS * 2 + side ^ turn(row)) << 4);
+        ldmatrix(keys.k[kk], from);
+        ldmatrix(keys.v[kk], from + KEYS_BYTES);
     }
 #endif
 }
@@ -262,22 +248,20 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
     const int group_key = w.tile * KEYS + group * 64;
     if (!LISTED && group_key >= w.k_len) return stand_by(p, places, w, keys_at, ring, ds_ring);
     Keys keys;
-    load_keys(keys, p, w, first_key);
+    load_keys(keys, keys_at);
 #if SHARED_OPERANDS
     const u32 none[K_STEPS][4] = {};
     const u32(&k)[K_STEPS][4] = none, (&v)[K_STEPS][4] = none;
 #else
     const u32(&k)[K_STEPS][4] = keys.k, (&v)[K_STEPS][4] = keys.v;
 #endif
+    u32 flags = 0;
 #if DROPOUT
-    const Philox philox = start_philox(p, w);
-#else
-    const Philox philox = {};
+    if (!LISTED) flags = draw_flags(p, start_philox(p, w), QueryTiles(p, w).row, first_key);
 #endif
     float* dq_sums = p.dq_sums + stats_at(p, w) * HEAD_DIM;
     Ring ds_before = ds_ring;
     int adding = GROUPS - 1, row_before = -1;  // the group that adds dQ of the tile before, and that tile's first row
-
     u32 who_before = 0;
 
 #pragma unroll 1
@@ -294,6 +278,9 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
             Block s, dp;
             Fragments weights, ds;
             const u32 tile_place = place_of(places.queries(ring.slot())), rows_place = place_of(keys_at + group * 64 * PANEL_ROW);
+#if DROPOUT
+            if (LISTED) flags = draw_flags(p, start_philox(p, w), row, first_key);
+#endif
             open_products();
             multiply_rows(s, tile_place, k, rows_place);
             close_products();
@@ -305,26 +292,20 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
             exponentiate(s, lse, p.scale_log2);
             if ((p.causal && row + w.offset < group_key + 63) || group_key + 64 > w.k_len) hide(s, p, w, first_key, row);
             const RowPairs d(places.stats(ring.slot()) + QUERY_TILE * 4);
-#if EARLY
-            round_weights(weights, s);
-            open_products();
-            multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
-            close_products();
-            wait_products<1>();
-#else
             wait_products<0>();
-#endif
-            differentiate(weights, ds, s, dp, d, p, philox, row, first_key);
+            differentiate(weights, ds, s, dp, d, flags, p.keep_scale);
             await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
             write_ds(places.ds(ds_ring.slot()), ds, warp * 16);
             show_to_products();
             arrive_warp(places.ds_filled(ds_ring.slot()));
             open_products();
-#if !EARLY
             multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
-#endif
             multiply_queries(keys.dk, ds, tile_place);
             close_products();
+#if DROPOUT
+            // For the next tile, while the products run: now there are registers to spare.
+            if (!LISTED) flags = draw_flags(p, start_philox(p, w), row + QUERY_TILE, first_key);
+#endif
             wait_products<0>();
             arrive_warp(places.emptied(ring.slot()));
         }
