@@ -128,7 +128,8 @@ struct Seeker {
 
 struct Queries {
 #if SHARED_OPERANDS
-    u32 tile;
+    u32 shared;
+    __device__ __forceinline__ u32 tile() const { return shared + QUERIES_AT + threadIdx.x / 128 * GROUP_BYTES; }
 #else
     u32 fragments[K_STEPS][4];
 #endif
@@ -137,13 +138,12 @@ struct Queries {
 __device__ __forceinline__ void load_queries(Queries& q, const Params& p, const Stages& stages, const Work& w) {
     const u16* rows = at(p.q, p.q_strides, w, w.q_start);
 #if SHARED_OPERANDS
-    const int group = threadIdx.x / 128;
-    q.tile = stages.shared + QUERIES_AT + group * GROUP_BYTES;
-    copy_panels<64>(q.tile, rows, p.q_strides.row, w.tile * ROWS + group * 64, w.q_len, p.head_dim);
+    q.shared = stages.shared;
+    copy_panels<64>(q.tile(), rows, p.q_strides.row, w.tile * ROWS + threadIdx.x / 128 * 64, w.q_len, p.head_dim);
     commit_copies();
     wait_copies<0>();
     show_to_products();
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + GROUPS + group) : "memory");
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + GROUPS + threadIdx.x / 128) : "memory");
 #else
 #pragma unroll
     for (int kk = 0; kk < K_STEPS; ++kk)
@@ -151,10 +151,24 @@ __device__ __forceinline__ void load_queries(Queries& q, const Params& p, const 
 #endif
 }
 
+// Queries in registers are loaded one piece of work ahead, while the rows of the one before are stored.
+#define QUERIES_AHEAD (!SHARED_OPERANDS)
+
+__device__ __forceinline__ void load_ahead(Queries& q, const Params& p, const Stages& stages, const Works& works) {
+    if (!QUERIES_AHEAD || !works.left() || !works.here()) return;
+    const Work w = find_work(p, works.id(), p.causal);
+    if (has_rows(w)) load_queries(q, p, stages, w);
+}
+
+__device__ __forceinline__ void load_next(Queries& q, const Params& p, const Stages& stages, Works works) {
+    works.next();
+    load_ahead(q, p, stages, works);
+}
+
 __device__ __forceinline__ void multiply_keys(Scores& s, const Queries& q, u32 k_tile) {
     const u32 place = place_of(k_tile);
 #if SHARED_OPERANDS
-    const u32 q_place = place_of(q.tile);
+    const u32 q_place = place_of(q.tile());
 #endif
 #pragma unroll
     for (int kk = 0; kk < K_STEPS; ++kk) {
@@ -189,7 +203,7 @@ __device__ __forceinline__ void multiply_keys_again(Scores& s, const Queries& q,
 #if SHARED_OPERANDS
         u32 a[4];
         const int row = (threadIdx.x >> 5 & 3) * 16 + (lane & 15);
-        ldmatrix(a, q.tile + panel * 64 * PANEL_ROW + row * PANEL_ROW + ((chunk + (lane >> 4) ^ turn(row)) << 4));
+        ldmatrix(a, q.tile() + panel * 64 * PANEL_ROW + row * PANEL_ROW + ((chunk + (lane >> 4) ^ turn(row)) << 4));
 #else
         const u32(&a)[4] = q.fragments[kk];
 #endif
@@ -261,13 +275,12 @@ __device__ __forceinline__ void drop(Weights& weights, const Params& p, const Ph
 
 template <bool LISTED>
 __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ring& ring, const Turn<TURNS ? GROUPS : 1>& turn,
-                                       u32 id) {
-    const Work w = find_work(p, id, p.causal);
+                                       Queries& q, Works works) {
+    const Work w = find_work(p, works.id(), p.causal);
     const int num_tiles = LISTED ? 0 : count_tiles(p, w);
     const int first_row = w.tile * ROWS + (threadIdx.x >> 5) * 16;
     const int unmasked = p.causal ? min(w.k_len, first_row + w.offset + 1) : w.k_len;
-    Queries q;
-    load_queries(q, p, stages, w);
+    if (!QUERIES_AHEAD) load_queries(q, p, stages, w);
     Rows rows;
 #pragma unroll
     for (int d = 0; d < HEAD_DIM / 8; ++d)
@@ -279,7 +292,10 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
     const Philox philox = start_philox(p, w);
 #endif
     Seeker seeker = {false, false};
-    if (LISTED ? !seeker.find(stages, ring, turn, 0x7fffffff, unmasked) : num_tiles == 0) return finish(rows, p, w, first_row);
+    if (LISTED ? !seeker.find(stages, ring, turn, 0x7fffffff, unmasked) : num_tiles == 0) {
+        load_next(q, p, stages, works);
+        return finish(rows, p, w, first_row);
+    }
 
     Scores s;
     Weights weights;
@@ -339,7 +355,9 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
         wait_products<0>();
         arrive_warp(stages.emptied(before));
     } while (LISTED && seeker.find(stages, ring, turn, 0x7fffffff, unmasked));
+    load_next(q, p, stages, works);
     // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
+    u32 id = works.id();
     asm volatile("" : "+r"(id));
     const Work end = find_work(p, id, p.causal);
     finish(rows, p, end, end.tile * ROWS + (threadIdx.x >> 5) * 16);
@@ -362,11 +380,18 @@ __device__ __forceinline__ void run(const Params& p) {
     take_registers<computer_registers(GROUPS, MIN_BLOCKS)>();
     const Turn<TURNS ? GROUPS : 1> turn(threadIdx.x / 128);
     Ring ring = {0};
-    for (Works works(p); works.left(); works.next()) {
+    Queries q;
+    Works works(p);
+    load_ahead(q, p, stages, works);
+    for (; works.left(); works.next()) {
         if (!works.here()) continue;
         const Work w = find_work(p, works.id(), p.causal);
-        if (w.tail) empty_rows(p, w);
-        else if (has_rows(w)) attend<LISTED>(p, stages, ring, turn, works.id());
+        if (has_rows(w)) {
+            attend<LISTED>(p, stages, ring, turn, q, works);
+        } else {
+            if (w.tail) empty_rows(p, w);
+            load_next(q, p, stages, works);
+        }
     }
 }
 

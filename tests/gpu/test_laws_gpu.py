@@ -109,8 +109,8 @@ def test_rows_of_long_sequences_against_float64(family: str, length: int, head_d
     scores = q[:, rows] @ k.mT * scale
     weights = scores.softmax(-1)
     exact_out = weights @ v
-    # D of the output as it is stored, 16 bits an element: that is the algorithm (FlashAttention-2, algorithm 2, line 4), and
-    # values with a mean make its rounding larger than dQ, whose terms cancel.
+    # D of the output as it is stored, 16 bits an element: that is the algorithm (FlashAttention-2, algorithm 2, line
+    # 4), and values with a mean make its rounding larger than dQ, whose terms cancel.
     delta = (dout[:, rows] * out[0].detach()[rows].double().transpose(0, 1)).sum(-1, keepdim=True)
     exact_dq = weights * (dout[:, rows] @ v.mT - delta) @ k * scale
     # The columns of keys `rows` need every row's lse and D: those of the kernel, whose lse was just found right.
