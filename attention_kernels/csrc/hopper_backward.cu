@@ -84,9 +84,10 @@ struct RowPairs {
 // P and dS from scores that hold P already: rounds both, with the dropout mask laid over them.
 __device__ __forceinline__ void differentiate(Fragments& weights, Fragments& ds, const Block& s, const Block& dp, const RowPairs& d_pairs,
                                               u32 flags, float keep_scale) {
+    float4 d;  // of blocks n and n + 1, for an even n
 #pragma unroll
     for (int n = 0; n < QUERY_TILE / 8; ++n) {
-        const float4 d = d_pairs[n];
+        if (n % 2 == 0) d = d_pairs[n];
         const float d0 = n % 2 ? d.z : d.x, d1 = n % 2 ? d.w : d.y;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
