@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 SOURCES = Path(__file__).parent / "csrc"
 _FORMAT = 1
+_lock = Lock()
+_turns: dict[str, Lock] = {}  # by name of the cubin
 _STALE_S = 3600
 _MISSING = (
     "The CUDA kernels are compiled at first use by NVRTC, and it was not found ({reason}). "
@@ -98,6 +101,14 @@ def build(plan: "Plan", arch: str) -> tuple[Path, Report]:
     """
     folder = cache_folder()
     name = key(plan, arch)
+    with _lock:
+        turn = _turns.setdefault(name, Lock())
+    # Who asks for what another thread is building (ahead.py) waits for that.
+    with turn:
+        return _build_once(plan, arch, folder, name)
+
+
+def _build_once(plan: "Plan", arch: str, folder: Path, name: str) -> tuple[Path, Report]:
     path, report_path = folder / f"{name}.cubin", folder / f"{name}.json"
     if path.exists() and report_path.exists():
         return path, Report(**json.loads(report_path.read_text()))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import attention_kernels as ak
 import lra.mixers
 from attention_kernels import BlockLayout
+from attention_kernels.ahead import build_ahead
 from lra.config import AttentionConfig
 from lra.packing import Packed, pack_info, pad, take_rows, unpad
 from tasks.batches import Keys
@@ -67,6 +68,10 @@ class Backend(nn.Module):
     def why_not_recorded(cls, config: AttentionConfig, q_THD: Tensor) -> str | None:
         """Return why CUDA graphs cannot record it on tensors like q_THD, in words, or None if they can."""
         return None if cls.static else "its attention asks the host for values"
+
+    @classmethod
+    def prepare(cls, config: AttentionConfig, q_THD: Tensor, *, dropout: bool) -> None:
+        """Begin in the background whatever the first call on tensors like q_THD would otherwise wait for."""
 
     def forward(
         self,
@@ -177,6 +182,11 @@ class Flash(Backend):
         """Return why CUDA graphs cannot record it: the tiled PyTorch form reads the sequences' offsets on the host."""
         return ak.why_not(q_THD, q_THD, q_THD)
 
+    @classmethod
+    def prepare(cls, config: AttentionConfig, q_THD: Tensor, *, dropout: bool) -> None:
+        """Build the kernels."""
+        build_ahead(q_THD, dropout=dropout, deterministic=config.deterministic)
+
     def forward(
         self,
         q_THD: Tensor,
@@ -222,8 +232,19 @@ class BlockSparse(Backend):
     @classmethod
     def why_not_recorded(cls, config: AttentionConfig, q_THD: Tensor) -> str | None:
         """Return why CUDA graphs cannot record it: the tiled PyTorch form reads the sequences' offsets on the host."""
+        return ak.why_not(q_THD, q_THD, q_THD, layout=cls.one_block(config))
+
+    @classmethod
+    def prepare(cls, config: AttentionConfig, q_THD: Tensor, *, dropout: bool) -> None:
+        """Build the kernels."""
+        layout = cls.one_block(config)
+        build_ahead(q_THD, dropout=dropout, deterministic=config.deterministic, layout=layout)
+
+    @staticmethod
+    def one_block(config: AttentionConfig) -> BlockLayout:
+        """Return the smallest layout with the recipe's size of blocks."""
         block = config.block or DEFAULT_BLOCK
-        return ak.why_not(q_THD, q_THD, q_THD, layout=BlockLayout.dense(block, block_size=block))
+        return BlockLayout.dense(block, block_size=block)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparse:
         """Take the layout along when the module moves to another device."""

@@ -6,11 +6,11 @@ of a run does not grow with the depth. Nothing is lost to it: what the compiler 
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,5 +86,6 @@ def warm_compiler() -> None:
 
 def compiler_seconds() -> float:
     """Return the seconds that this process has spent in torch.compile so far."""
-    spent: dict[str, Any] = torch._dynamo.utils.calculate_time_spent()
-    return float(spent["total_wall_time"])
+    # Not imported for the question: it takes seconds.
+    utils = sys.modules.get("torch._dynamo.utils")
+    return 0.0 if utils is None else float(utils.calculate_time_spent()["total_wall_time"])

@@ -165,6 +165,7 @@ def final_result(
         "val": {"best": None if best is None else {"step": best.step, **best.summary}},
         "train_s": learner.watch["train"],
         "eval_s": learner.watch["eval"],
+        "compile_s": learner.watch["compile"],
         "wall_s": learner.watch["train"] + learner.watch["eval"],
         "steps_per_s": learner.step / seconds,
         # The median window: neither compilation nor a slow disk once is in it.

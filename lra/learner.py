@@ -17,7 +17,7 @@ from lra.attention import backend_class
 from lra.base.console import info, warn
 from lra.base.errors import ConfigError, RunError
 from lra.base.seeds import torch_seed
-from lra.compiling import compile_parts
+from lra.compiling import compile_parts, warm_compiler
 from lra.config import RunConfig
 from lra.distributed import World
 from lra.ema import Ema
@@ -100,6 +100,11 @@ class Learner:
 
 def make_learner(config: RunConfig, world: World) -> Learner:
     """Build model, optimizer and the rest on this process's device, with the weights of `config.seed`."""
+    compiles, attention = wants_compile(config, world.device), backend_class(config.attention.backend)
+    if compiles and world.device.type == "cuda":
+        warm_compiler()
+    dropout = config.model.attention_dropout > 0
+    attention.prepare(config.attention, like_q(config, world.device), dropout=dropout)
     torch.manual_seed(torch_seed(config.seed, "weights"))
     model = Classifier(config).to(world.device)
     if config.train.start_from is not None:
@@ -108,9 +113,8 @@ def make_learner(config: RunConfig, world: World) -> Learner:
     wrapped: nn.Module = objective
     if world.size > 1:
         wrapped = DistributedDataParallel(objective, device_ids=[world.device] if world.device.type == "cuda" else None)
-    compiles, traced_whole = wants_compile(config, world.device), backend_class(config.attention.backend).static
     if compiles:
-        compile_parts(objective, traced_whole)
+        compile_parts(objective, attention.static)
     if compiles and config.train.deterministic:
         # Newer compilers measure which of several forms is quickest; another choice has other bits.
         from torch._inductor import config as inductor
@@ -148,16 +152,21 @@ def wants_compile(config: RunConfig, device: torch.device) -> bool:
     return device.type == "cuda" and whole and train.steps >= COMPILE_FROM_STEPS
 
 
+def like_q(config: RunConfig, device: torch.device) -> Tensor:
+    """Return a row (1, H, D) as the attention's queries are in dtype, device and head dim."""
+    model, dtypes = config.model, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    shape = (1, model.num_heads, -(-model.head_dim // 8) * 8)
+    return torch.empty(shape, dtype=dtypes[config.train.precision], device=device)
+
+
 def why_no_graphs(learner: Learner, config: RunConfig, world: World) -> str | None:
     """Return why whole steps cannot be recorded, in words, or None if they can."""
-    train, model = config.train, config.model
+    train = config.train
     if learner.gate is None:
         return "that needs a GPU, and neither fp16 nor an optimizer that the host must hold back"
     if train.accumulate > 1 or world.size > 1:
         return "train.accumulate and several processes make a step of several parts"
-    dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16
-    q_THD = torch.empty(1, model.num_heads, -(-model.head_dim // 8) * 8, dtype=dtype, device=world.device)
-    reason = backend_class(config.attention.backend).why_not_recorded(config.attention, q_THD)
+    reason = backend_class(config.attention.backend).why_not_recorded(config.attention, like_q(config, world.device))
     if reason is not None:
         return reason
     # Recordings have memory of their own beside that of steps run plainly.

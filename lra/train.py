@@ -14,7 +14,7 @@ from lra.learner import Best, Learner, make_learner, restore, save
 from lra.preempt import StopRequest
 from lra.run_dir import RunDir
 from lra.step import Numbers, check_arrived, update
-from lra.train_log import Logger
+from lra.train_log import Logger, StartUp
 
 # Steps that the GPU may be behind the host: enough that neither waits for the other.
 MAX_UNREAD = 3
@@ -28,8 +28,10 @@ def train(config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRe
     Raises Stopped after a checkpoint when `stop` asks for it, NonFiniteLossError with the weights as they were before
     the update that would have used a NaN, DiskFullError with the last checkpoint intact.
     """
+    start_up = StartUp()
     learner = make_learner(config, world)
     restore(learner, config, run, world)
+    start_up.model_is_there(learner)
     batches = make_batches(config, data, world)
     feed = batch_feed(batches, learner.step, config.train.steps, world.device)
     logger = Logger(config, run, world, learner)
@@ -46,6 +48,7 @@ def train(config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRe
                         loss, grad_norm = check_arrived(learner, config, numbers, world, run)
                     logger.after_step(numbers.step + 1, loss, grad_norm, numbers.micro_batches)
                     bar.advance(1, f"loss {loss:.4f}")
+                    start_up.after_step(learner, world)
 
             while True:
                 if validation_due(learner, config):
@@ -60,7 +63,7 @@ def train(config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRe
                     with learner.watch.measure("data"):
                         micro_batches = next(feed)
                     unread.append(update(learner, config, micro_batches, world, run))
-                read(keep=0 if learner.gate is None else MAX_UNREAD)
+                read(keep=MAX_UNREAD if learner.gate is not None and start_up.over else 0)
                 if learner.step % config.train.checkpoint_every == 0:
                     read(keep=0)
                     save(learner, config, run, world)
@@ -69,6 +72,7 @@ def train(config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRe
     finally:
         feed.close()
         logger.close()
+        start_up.note_compiling(learner)
     save(learner, config, run, world)
     if pause is not None:
         raise Stopped(pause.cause, run.how_to_resume)

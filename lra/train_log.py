@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import suppress
 from typing import Any
 
 from lra.base.console import info, warn
 from lra.base.files import disk_errors
+from lra.compiling import compiler_seconds
 from lra.config import RunConfig
 from lra.distributed import World
 from lra.evaluate import Scores
@@ -20,6 +22,42 @@ from tasks.registry import get
 
 LN2 = math.log(2.0)
 STUCK_WINDOWS = 10
+
+
+class StartUp:
+    """Where the time goes until the first step is done, told once; and all that compiling took."""
+
+    def __init__(self) -> None:
+        self.begin, self.compiled = time.perf_counter(), compiler_seconds()
+        self.ready = self.begin
+        self.data_before = 0.0
+        self.over = False
+
+    def model_is_there(self, learner: Learner) -> None:
+        """Call when model, optimizer and weights are made."""
+        self.ready, self.data_before = time.perf_counter(), learner.watch["data"]
+
+    def after_step(self, learner: Learner, world: World) -> None:
+        """Call when a step's numbers have been read; the first one is told."""
+        if self.over:
+            return
+        self.over = True
+        if not world.is_main:
+            return
+        now, data_s = time.perf_counter(), learner.watch["data"] - self.data_before
+        made, compiled = self.ready - self.begin, compiler_seconds() - self.compiled
+        rest = max(now - self.ready - data_s - compiled, 0.0)
+        info(
+            f"The first step was done after {now - self.begin:.1f} s: model {made:.1f}, first batch {data_s:.1f}, "
+            f"compiling {compiled:.1f}, the step itself with loading of kernels {rest:.1f}."
+        )
+
+    def note_compiling(self, learner: Learner) -> None:
+        """Add what was compiled since the last call to the learner's watch."""
+        spent = compiler_seconds()
+        seconds = learner.watch.seconds
+        seconds["compile"] = seconds.get("compile", 0.0) + max(spent - self.compiled, 0.0)
+        self.compiled = spent
 
 
 class Logger:

@@ -211,7 +211,7 @@ def test_after_a_recording_that_broke_everything_works_as_before(how: str, tmp_p
             if how == "error":
                 raise RuntimeError("no")
             # CUDA itself then calls the capture invalid.
-            total.item()
+            torch.cuda.current_stream().synchronize()
 
     def sums(graphs: Graphs | None) -> list[float]:
         found = []
