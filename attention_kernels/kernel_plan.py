@@ -207,8 +207,8 @@ _HOPPER_BACKWARD = {
     128: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0),
 }
 # Block-sparse: a stage is one step of the walk, 64 keys or queries. There are more stages and tiles of dS than in dense
-# kernels, since groups with different lists run apart. With 16 warps the forward spills up to 52 bytes, nearly all of
-# them what counts the pieces of work: once for each piece. By kernel, width and dropout.
+# kernels, since groups with different lists run apart. The forward at 64 without dropout spills 52 bytes, mostly what
+# counts the pieces of work: once for each piece. By kernel, width and dropout.
 _HOPPER_SPARSE: dict[tuple[Kernel, int, bool], Tiles] = {
     ("hopper_forward", 32, False): Tiles(16, 1, 64, 64, 8, 1),
     ("hopper_forward", 32, True): Tiles(12, 1, 64, 64, 8, 1),
