@@ -169,13 +169,13 @@ _HOPPER = [
     Fault(
         "backward: every 16 keys draw the first's mask",
         _HOPPER_BACKWARD,
-        "first_key & 16 ? keep[2 + h] : keep[h]",
-        "keep[h]",
+        "upper = first_key & 16,",
+        "upper = 0,",
     ),
     Fault(
         "backward: dP without the factor of dropout",
         _HOPPER_BACKWARD,
-        "gx = masked(gx, low_mask(pair)) * p.keep_scale;",
+        "gx = masked(gx, low_mask(pair)) * keep_scale;",
         "gx = masked(gx, low_mask(pair));",
     ),
     Fault(
