@@ -22,10 +22,11 @@ from lra.packing import Packed
 from tasks.batches import Batch
 
 
-def compile_parts(objective: Objective, traced_whole: bool) -> None:
+def compile_parts(objective: Objective, traced_whole: bool, whole_vary: bool = False) -> None:
     """Let the objective and its model run by compiled code, one for every number of rows where lengths vary.
 
     `traced_whole`: raise where anything in a layer cannot be traced, instead of running that part plainly.
+    `whole_vary`: the number of rows varies also among batches whose sequences are all of one length.
     """
     # The compiler looks at the gradients of what it is given, and a layer's input is no parameter.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
@@ -35,7 +36,7 @@ def compile_parts(objective: Objective, traced_whole: bool) -> None:
     loss: Callable[..., Tensor] = torch.compile(Objective.loss, fullgraph=True)
 
     def run_start(model: Classifier, batch: Batch, hidden_T: Tensor | None) -> Started:
-        rows_vary(batch.uniform, batch.tokens_T, batch.positions_T, hidden_T)
+        rows_vary(batch.uniform and not whole_vary, batch.tokens_T, batch.positions_T, hidden_T)
         if batch.keys is not None:
             rows_vary(False, batch.keys.index_K)
         return start(model, batch, hidden_T)
@@ -43,17 +44,19 @@ def compile_parts(objective: Objective, traced_whole: bool) -> None:
     def run_layer(
         one: Layer, x_TE: Tensor, packed: Packed, keys: KeyRows | None, turn: Turn | None, seed: Tensor
     ) -> Tensor:
-        rows_vary(packed.is_uniform, x_TE, packed.padded_row_T, *(turn or ()))
+        rows_vary(packed.is_uniform and not whole_vary, x_TE, packed.padded_row_T, *(turn or ()))
         if keys is not None:
             rows_vary(False, keys.index_K, keys.packed.padded_row_T)
         return layer(one, x_TE, packed, keys, turn, seed)
 
     def run_predict(model: Classifier, x_TE: Tensor, packed: Packed) -> Tensor:
-        rows_vary(packed.is_uniform, x_TE, packed.padded_row_T)
+        rows_vary(packed.is_uniform and not whole_vary, x_TE, packed.padded_row_T)
         return predict(model, x_TE, packed)
 
     def run_loss(own: Objective, x_TE: Tensor, packed: Packed, batch: Batch, hidden_T: Tensor | None) -> Tensor:
-        rows_vary(packed.is_uniform, x_TE, packed.padded_row_T, batch.tokens_T, batch.positions_T, hidden_T)
+        rows_vary(
+            packed.is_uniform and not whole_vary, x_TE, packed.padded_row_T, batch.tokens_T, batch.positions_T, hidden_T
+        )
         if batch.keys is not None:
             rows_vary(False, batch.keys.index_K)
         return loss(own, x_TE, packed, batch, hidden_T)
@@ -62,9 +65,9 @@ def compile_parts(objective: Objective, traced_whole: bool) -> None:
     objective.finish = run_loss
 
 
-def rows_vary(uniform: bool, *tensors: Tensor | None) -> None:
-    """Tell the compiler that another batch of the same training has another number of rows, unless it has not."""
-    if uniform:
+def rows_vary(same: bool, *tensors: Tensor | None) -> None:
+    """Tell the compiler that another batch of the same training has another number of rows, unless it is the same."""
+    if same:
         return
     for tensor in tensors:
         if tensor is not None:

@@ -114,7 +114,7 @@ def make_learner(config: RunConfig, world: World) -> Learner:
     if world.size > 1:
         wrapped = DistributedDataParallel(objective, device_ids=[world.device] if world.device.type == "cuda" else None)
     if compiles:
-        compile_parts(objective, attention.static)
+        compile_parts(objective, attention.static, whole_vary=len(config.data.keep_tokens) > 1)
     if compiles and config.train.deterministic:
         # Newer compilers measure which of several forms is quickest; another choice has other bits.
         from torch._inductor import config as inductor

@@ -16,12 +16,20 @@ class Packed(NamedTuple):
 
     cu_seqlens: Tensor
     """(S+1,) int32: sequence s holds rows cu_seqlens[s] to cu_seqlens[s+1]-1."""
-    max_length: int
+    bound: int
     """Rows of the longest sequence, or an upper bound."""
     padded_row_T: Tensor
     """(T,) int64: the row's place in the padded (S * max_length) form; S * max_length for rows after the last."""
     is_uniform: bool = False
     """Whether every sequence has max_length rows and none follow, so that packed and padded are the same memory."""
+
+    @property
+    def max_length(self) -> int:
+        """Rows of the longest sequence, or an upper bound.
+
+        Where all are whole the shapes tell it: compiled code takes any shape, but another number is another code.
+        """
+        return self.padded_row_T.shape[0] // self.num_sequences if self.is_uniform else self.bound
 
     @property
     def num_sequences(self) -> int:
@@ -39,6 +47,8 @@ def pack_info(cu_seqlens: Tensor, max_length: int, num_rows: int, *, uniform: bo
     ends = cu_seqlens[1:].to(torch.int64)
     sequence_T = torch.searchsorted(ends, rows, right=True)
     num_sequences = cu_seqlens.shape[0] - 1
+    if uniform:
+        max_length = num_rows // num_sequences  # the same number, from a shape
     starts = cu_seqlens.to(torch.int64)[sequence_T.clamp(max=num_sequences - 1)]
     padded_row_T = torch.where(
         sequence_T < num_sequences, sequence_T * max_length + rows - starts, num_sequences * max_length

@@ -150,6 +150,22 @@ def test_one_compilation_serves_every_layer_and_number_of_rows(
     assert counter.frame_count == 6
 
 
+@pytest.mark.parametrize("backend", ["flash", "standard"])
+def test_whole_sequences_of_several_lengths_need_one_compilation_too(
+    backend: str, tiny_data: Path, counter: CompileCounterWithBackend
+) -> None:
+    config = tiny("listops", tiny_data, f"attention={backend}", "model.pooling=max")
+    objective, plain = Objective(Classifier(config), config.train), Objective(Classifier(config), config.train)
+    compile_parts(objective, traced_whole=True, whole_vary=True)
+    plain.load_state_dict(objective.state_dict())
+    for length in (24, 56, 64, 32):
+        batch = batch_of([length] * 4)
+        loss = objective(batch)
+        torch.testing.assert_close(loss, plain(batch), rtol=1e-4, atol=1e-5)
+        loss.backward()
+    assert counter.frame_count == 3
+
+
 def test_dropped_keys_need_one_compilation_too(tiny_data: Path, counter: CompileCounterWithBackend) -> None:
     config = tiny("image", tiny_data, "data.black_pixels=not_key", "attention=flash")
     objective = traced(config).eval()
