@@ -190,15 +190,15 @@ _DROPOUT: dict[tuple[Kernel, int], Tiles] = {
     ("backward_keys", 128): Tiles(4, 1, 32, 16, 2, 2, 2),
     ("hopper_forward", 32): Tiles(12, 1, 64, 64, 4, 1),
     ("hopper_forward", 64): Tiles(12, 1, 64, 64, 4, 1, turns=1),
-    ("hopper_backward", 32): Tiles(8, 1, 64, 0, 3, 1, 0, 2),
-    ("hopper_backward", 64): Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0),
+    ("hopper_backward", 32): Tiles(12, 1, 64, 0, 3, 1, 1, 2),
+    ("hopper_backward", 64): Tiles(8, 1, 64, 0, 2, 1, 0, 2, persistent=0),
 }
 # The Hopper family: four warps are a group of 64 rows.
 _HOPPER_FORWARD = {
     32: Tiles(16, 1, 64, 64, 4, 1),
     64: Tiles(16, 1, 64, 64, 4, 1, 1, turns=1),
     96: Tiles(12, 1, 64, 64, 4, 1, 1, turns=1),
-    128: Tiles(8, 1, 128, 128, 3, 1, 1, turns=1),
+    128: Tiles(12, 1, 64, 64, 4, 1, 1, turns=1),
 }
 _HOPPER_BACKWARD = {
     32: Tiles(12, 1, 64, 0, 3, 1, 0, 2),
