@@ -114,6 +114,8 @@ struct Seeker {
             const bool found = step.who >> (threadIdx.x / 128) & 1;
             if (!found && most == 0) return false;
             last = step.who & LAST_STAGE;
+            // Products want the whole warp, and its lanes may have left their waiting one by one.
+            __syncwarp();
             if (found) return true;
             turn.take();
             turn.pass();
