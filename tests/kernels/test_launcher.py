@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attention_kernels import BlockLayout, compiler, cuda_ops, launcher
+from attention_kernels import BlockLayout, compiler, cuda_ops, families, launcher
 
 real = pytest.importorskip("cuda.bindings.driver")
 
@@ -112,6 +112,27 @@ def test_heads_with_patterns_of_their_own_are_looked_up(driver: Notes) -> None:
     patterns = [BlockLayout.local(300, window=0, block_size=128), BlockLayout.dense(300, 128)]
     run_sparse(BlockLayout.per_head(patterns, [1, 0, 1]))
     assert all((fields[45], *fields[53:55]) == (1, 3, 128) for fields in driver.fields)
+
+
+def test_a_layout_with_every_block_goes_to_the_dense_kernels(driver: Notes) -> None:
+    dense = BlockLayout.dense(300)
+    run_sparse(dense)
+    run_sparse(BlockLayout.per_head([dense, dense], [0, 1, 0]))
+    assert [name for name, *_ in driver.launches] == ["forward", "preprocess", "backward_keys", "postprocess"] * 2
+    assert all(fields[17:20] == (0, 0, 0) for fields in driver.fields)
+
+
+def test_block_sparse_calls_take_the_hopper_kernels_on_9_0(driver: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    limits = SimpleNamespace(shared_memory_per_block_optin=227 * 1024, multi_processor_count=3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: limits)
+    run_sparse(BlockLayout.butterfly(300))
+    with families.cuda_family("generic"):
+        run_sparse(BlockLayout.butterfly(300))
+    hopper = ["hopper_forward_sparse", "preprocess", "hopper_backward_sparse", "postprocess"]
+    generic = ["forward_sparse", "preprocess", "backward_keys_sparse", "postprocess"]
+    assert [name for name, *_ in driver.launches] == hopper + generic
+    assert [blocks for name, blocks, *_ in driver.launches if "hopper" in name] == [3, 3]  # persistent: one a processor
 
 
 def test_dense_calls_have_no_lists(driver: Notes) -> None:
