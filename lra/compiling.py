@@ -7,7 +7,6 @@ of a run does not grow with the depth. Nothing is lost to it: what the compiler 
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -74,17 +73,13 @@ def rows_vary(same: bool, *tensors: Tensor | None) -> None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def warm_compiler() -> None:
-    """Start the compiler's workers and load its modules in the background, while data and model are made."""
+def start_compiler_workers() -> None:
+    """Start the processes that compile GPU code now: they are ready when the first code is, instead of starting then."""
+    # Only a head start: what is missing or fails here is met again, and told, where it is needed.
+    with suppress(Exception):
+        from torch._inductor.async_compile import maybe_warm_pool
 
-    def load() -> None:
-        # Only a head start: what is missing or failed here is met again, and told, where it is needed.
-        with suppress(Exception):
-            from torch._inductor import async_compile, compile_fx  # noqa: F401
-
-            async_compile.maybe_warm_pool()
-
-    threading.Thread(target=load, name="warm-compiler", daemon=True).start()
+        maybe_warm_pool()
 
 
 def compiler_seconds() -> float:

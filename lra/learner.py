@@ -17,7 +17,7 @@ from lra.attention import backend_class
 from lra.base.console import info, warn
 from lra.base.errors import ConfigError, RunError
 from lra.base.seeds import torch_seed
-from lra.compiling import compile_parts, warm_compiler
+from lra.compiling import compile_parts, start_compiler_workers
 from lra.config import RunConfig
 from lra.distributed import World
 from lra.ema import Ema
@@ -101,10 +101,10 @@ class Learner:
 def make_learner(config: RunConfig, world: World) -> Learner:
     """Build model, optimizer and the rest on this process's device, with the weights of `config.seed`."""
     compiles, attention = wants_compile(config, world.device), backend_class(config.attention.backend)
-    if compiles and world.device.type == "cuda":
-        warm_compiler()
     dropout = config.model.attention_dropout > 0
     attention.prepare(config.attention, like_q(config, world.device), dropout=dropout)
+    if compiles and world.device.type == "cuda":
+        start_compiler_workers()
     torch.manual_seed(torch_seed(config.seed, "weights"))
     model = Classifier(config).to(world.device)
     if config.train.start_from is not None:
