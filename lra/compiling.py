@@ -74,7 +74,7 @@ def rows_vary(same: bool, *tensors: Tensor | None) -> None:
 
 
 def start_compiler_workers() -> None:
-    """Start the processes that compile GPU code now: they are ready when the first code is, instead of starting then."""
+    """Start the processes that compile GPU code now: they are ready when the first code is."""
     # Only a head start: what is missing or fails here is met again, and told, where it is needed.
     with suppress(Exception):
         from torch._inductor.async_compile import maybe_warm_pool
