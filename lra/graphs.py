@@ -121,7 +121,8 @@ class Graphs:
         It raises before it tells the allocator and the generator that the capture is over.
         """
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        with suppress(RuntimeError):
+        # AttributeError: the name is torch's own and has changed before.
+        with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(index, self.pool)
         generator = torch.cuda.default_generators[index]
         # A copy has seed and offset, and no capture under way.
