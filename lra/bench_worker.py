@@ -208,6 +208,7 @@ def main(line: str) -> None:
     spec = json.loads(line)
     device = torch.device(spec["device"])
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     world = World(0, 1, device)
     answers = _stages(spec, world)

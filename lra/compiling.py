@@ -29,6 +29,9 @@ def compile_parts(objective: Objective, traced_whole: bool, whole_vary: bool = F
     """
     # The compiler looks at the gradients of what it is given, and a layer's input is no parameter.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
+    # Advice to change what the recipe fixes (float32 stays float32), and a choice of the compiler's own.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    warnings.filterwarnings("ignore", message="\\s*Online softmax is disabled")
     start: Callable[..., Started] = torch.compile(Classifier.start, fullgraph=True)
     layer: Callable[..., Tensor] = torch.compile(Layer.forward, fullgraph=traced_whole)
     predict: Callable[..., Tensor] = torch.compile(Classifier.predict, fullgraph=True)
