@@ -6,6 +6,7 @@ whole chain found stands in chain.json.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -95,10 +96,17 @@ def run_chain(chain: Chain, minutes: float | None = None) -> dict[str, Any]:
 def keep(
     chain: Chain, world: World, status: str, reason: str | None = None, probes: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write what is known of a chain into chain.json and return it: also a killed chain is one that a report finds."""
+    """Write what is known of a chain into chain.json and return it: also a killed chain is one that a report finds.
+
+    What is known already keeps its date: a finished chain that is called again stays as it was.
+    """
     result = describe(chain, world, status, reason, probes or {})
+    path = chain.folder / "chain.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if result | {"date": known.get("date")} == known:
+        return known
     if world.is_main:
-        write_json_atomic(chain.folder / "chain.json", result)
+        write_json_atomic(path, result)
     return result
 
 
