@@ -7,7 +7,7 @@ what the roundings to 16 bits that no such kernel can avoid amount to, propagate
 Over many elements PyTorch's maximum is the larger of the two and the model decides nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -193,18 +193,6 @@ def compare(case: Case, rule: Rule, exact: list[Tensor], plain: list[Tensor], fo
     return wrong
 
 
-def complaints(case: Case, rule: Rule) -> list[str]:
-    """Return what is wrong in either form of the backward, in every family of kernels."""
-    exact, plain = formula(case, torch.float64, rule), formula(case, case.tensors[0].dtype, rule)
-    wrong = []
-    for family, deterministic in product(FAMILIES_HERE, (False, True)):
-        with ak.cuda_family(family):
-            found = ours(case, rule, deterministic=deterministic)
-        form = f"{family}{', deterministic' if deterministic else ''}: "
-        wrong += [form + text for text in compare(case, rule, exact, plain, found)]
-    return wrong
-
-
 class Guard:
     """Outputs and scratch of the kernels lie between bands of 4 KiB that must stay as they are; they start as NaN."""
 
@@ -224,3 +212,27 @@ class Guard:
         """Return whether no band was written, and forget them."""
         bands, self.bands = self.bands, []
         return bool(bands) and bool((torch.cat(bands) == 0x5A).all())
+
+
+def complaints(
+    case: Case,
+    rule: Rule,
+    deterministic: Sequence[bool] = (False, True),
+    clean: Case | None = None,
+    guard: Guard | None = None,
+) -> list[str]:
+    """Return what is wrong in the given forms of the backward, in every family of kernels.
+
+    `clean` is what the formula gets where the case holds NaN that no kernel may read.
+    """
+    clean = clean or case
+    exact, plain = formula(clean, torch.float64, rule), formula(clean, case.tensors[0].dtype, rule)
+    wrong = []
+    for family, fixed_order in product(FAMILIES_HERE, deterministic):
+        with ak.cuda_family(family):
+            found = ours(case, rule, deterministic=fixed_order)
+        said = compare(clean, rule, exact, plain, found)
+        if guard is not None and not guard.intact():
+            said.append("a guard band was written")
+        wrong += [f"{family}{', deterministic' if fixed_order else ''}: {text}" for text in said]
+    return wrong

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import attention_kernels as ak
-from tests.gpu.cases import FAMILIES_HERE, NAN, Case, Guard, Rule, compare, formula, ours
+from tests.gpu.cases import NAN, Case, Guard, Rule, complaints
 
 LAYOUTS = (
     "plain",
@@ -173,18 +173,8 @@ def _packed_call(drawn: Drawn, starts: list[list[int]], device: str) -> Callable
 def check(number: int, device: str = "cuda", guard: Guard | None = None) -> list[str]:
     """Return what is wrong with case `number`, each line with the family and how to run it alone."""
     drawn = draw(number)
-    case = make(drawn, device)
-    exact = formula(case, torch.float64, drawn.rule)
-    plain = formula(case, drawn.dtype, drawn.rule)
-    wrong = []
-    for family in FAMILIES_HERE:
-        with ak.cuda_family(family):
-            found = ours(case, drawn.rule, deterministic=drawn.deterministic)
-        said = compare(case, drawn.rule, exact, plain, found)
-        if guard is not None and not guard.intact():
-            said.append("a guard band was written")
-        wrong += [f"{family}: {text}; python -m tests.gpu.random_cases {number}: {drawn}" for text in said]
-    return wrong
+    said = complaints(make(drawn, device), drawn.rule, (drawn.deterministic,), guard=guard)
+    return [f"{text}; python -m tests.gpu.random_cases {number}: {drawn}" for text in said]
 
 
 if __name__ == "__main__":
