@@ -8,8 +8,6 @@ here, without the profiler. The paper's numbers are of an A100, ours of the GPU 
 
 import argparse
 import csv
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from torch import Tensor
 from attention_kernels.bench import Parser
 from attention_kernels.bench_cases import Case, make_inputs
 from attention_kernels.bench_peers import Call, make_methods
+from attention_kernels.bench_report import write_values
 from attention_kernels.bench_timing import describe_machine, first_estimate, free_memory, gpu_state, time_call
 
 __all__ = ["Counted", "Row", "main", "ncu_command", "parse_ncu", "table"]
@@ -232,10 +231,7 @@ def _run(args: argparse.Namespace, command: list[str]) -> None:
             "rows": [asdict(row) for row in rows],
             "paper": PAPER,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        temp = args.json.with_name(f".{args.json.name}.{os.getpid()}")
-        temp.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(temp, args.json)
+        write_values(values, args.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,18 @@ from typing import Any
 
 from attention_kernels.bench_cases import Case
 
-__all__ = ["CaseReport", "Report", "Result", "check_drawable", "draw", "read_json", "summary", "table", "write_json"]
+__all__ = [
+    "CaseReport",
+    "Report",
+    "Result",
+    "check_drawable",
+    "draw",
+    "read_json",
+    "summary",
+    "table",
+    "write_json",
+    "write_values",
+]
 
 FORMAT = 1
 Ratios = tuple[float | None, float | None]
@@ -181,6 +192,11 @@ def write_json(report: Report, path: Path) -> None:
     values = {"format": FORMAT, **dataclasses.asdict(report)}
     for case, written in zip(report.cases, values["cases"], strict=True):
         written["ratios"] = case.ratios()
+    write_values(values, path)
+
+
+def write_values(values: dict[str, Any], path: Path) -> None:
+    """Write values as JSON, whole or not at all; raises ValueError for NaN, which is not JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{os.getpid()}")
     temp.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")

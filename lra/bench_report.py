@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from lra.base.errors import DataError
 from lra.base.files import write_json_atomic
+from lra.statistics import geometric_mean
 
 FORMAT = 1
 BASELINES = ("SDPA, compiled", "SDPA, eager", "standard, compiled", "standard, eager")
@@ -80,7 +80,7 @@ def means(report: Report) -> list[dict[str, Any]]:
                 found = {e["case"]["name"]: best_ratio(e, baseline, ours) for e in entries}
                 known = {name: value for name, value in found.items() if value is not None}
                 if known:
-                    mean = math.exp(sum(map(math.log, known.values())) / len(known))
+                    mean = geometric_mean(list(known.values()))
                     missing = sorted(set(found) - set(known))
                     row = {"protocol": protocol, "ours": ours, "baseline": baseline, "mean": mean}
                     rows.append(row | {"over": sorted(known), "missing": missing})
