@@ -44,12 +44,18 @@ def compile_parts(objective: Objective, traced_whole: bool, whole_vary: bool = F
         return start(model, batch, hidden_T)
 
     def run_layer(
-        one: Layer, x_TE: Tensor, packed: Packed, keys: KeyRows | None, turn: Turn | None, seed: Tensor
+        one: Layer,
+        x_TE: Tensor,
+        packed: Packed,
+        keys: KeyRows | None,
+        turn: Turn | None,
+        seed: Tensor,
+        log_weight_T: Tensor | None,
     ) -> Tensor:
-        rows_vary(packed.is_uniform and not whole_vary, x_TE, packed.padded_row_T, *(turn or ()))
+        rows_vary(packed.is_uniform and not whole_vary, x_TE, packed.padded_row_T, log_weight_T, *(turn or ()))
         if keys is not None:
             rows_vary(False, keys.index_K, keys.packed.padded_row_T)
-        return layer(one, x_TE, packed, keys, turn, seed)
+        return layer(one, x_TE, packed, keys, turn, seed, log_weight_T)
 
     def run_predict(model: Classifier, x_TE: Tensor, packed: Packed) -> Tensor:
         rows_vary(packed.is_uniform and not whole_vary, x_TE, packed.padded_row_T)

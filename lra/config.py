@@ -47,6 +47,10 @@ class DataConfig(Section):
     every pixel of at least `foreground`, the rest random others. Empty: all. Evaluation has every token."""
     foreground: int = Field(default=8, ge=1, le=255)
     """keep_tokens: the byte from which on a pixel counts as foreground."""
+    weigh_kept: Literal["off", "full", "random"] = "full"
+    """keep_tokens: log(left / kept) is added to the scores of a kept token as a key, left counting all pixels that are
+    foreground (or not) as it is: attention among the kept is then an unbiased sample of attention among all.
+    random: times a number from [0, 1) that is drawn for each step. off: a kept token stands for itself alone."""
     dihedral: bool = False
     """Training on square images: one of the 8 flips and quarter turns for each image and step (open track)."""
     mirror: bool = False
@@ -353,6 +357,14 @@ class RunConfig(Section):
                 "attention=block_sparse keeps block patterns aligned with image rows, so no pixel can be left out; "
                 "add data.keep_tokens=[]"
             )
+        if data.keep_tokens and data.weigh_kept != "off":
+            from lra.attention import backend_class
+
+            if not backend_class(self.attention.backend).weighs_keys:
+                raise ValueError(
+                    f"attention={self.attention.backend} has no scores to which data.weigh_kept could add; "
+                    "add data.weigh_kept=off"
+                )
 
     @property
     def max_length(self) -> int:

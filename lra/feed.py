@@ -101,6 +101,7 @@ def image_batches(config: RunConfig, batches: TrainBatches, side: int, world: Wo
         device=world.device,
         keep_tokens=config.data.keep_tokens,
         foreground=config.data.foreground,
+        weigh_kept=config.data.weigh_kept,
         dihedral=config.data.dihedral,
         mirror=config.data.mirror,
         shift=config.data.shift,

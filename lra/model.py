@@ -28,6 +28,7 @@ from lra.positions import (
     rotary_angles,
     rotate,
 )
+from lra.weighing import with_weights
 from tasks.batches import Batch
 from tasks.registry import Task, get
 
@@ -58,8 +59,16 @@ class SelfAttention(nn.Module):
         if self.q_norm is not None:
             nn.init.constant_(self.q_norm.weight, model.qk_gain)
 
-    def forward(self, x_TE: Tensor, packed: Packed, keys: KeyRows | None, turn: Turn | None, seed: Tensor) -> Tensor:
-        """Return (T, E); `seed` is this layer's int64 pair for the dropout mask."""
+    def forward(
+        self,
+        x_TE: Tensor,
+        packed: Packed,
+        keys: KeyRows | None,
+        turn: Turn | None,
+        seed: Tensor,
+        log_weight_T: Tensor | None = None,
+    ) -> Tensor:
+        """Return (T, E); `seed` is this layer's int64 pair for the dropout mask, log_weight_T as in Batch."""
         q_THD, k_THD, v_THD = self.project(x_TE)
         if self.q_norm is not None and self.k_norm is not None:
             # In float32, as the weights are: torch has no fused form for two dtypes.
@@ -67,6 +76,9 @@ class SelfAttention(nn.Module):
             k_THD = self.k_norm(k_THD.float()).to(v_THD.dtype)
         if turn is not None:
             q_THD, k_THD = rotate(q_THD, *turn), rotate(k_THD, *turn)
+        softmax_scale = self.head_dim**-0.5
+        if log_weight_T is not None:
+            q_THD, k_THD, v_THD = with_weights(q_THD, k_THD, v_THD, log_weight_T, softmax_scale)
         out_THD = self.backend(
             q_THD,
             k_THD,
@@ -75,9 +87,9 @@ class SelfAttention(nn.Module):
             keys,
             dropout_p=self.dropout_p if self.training else 0.0,
             dropout_seed=seed,
-            softmax_scale=self.head_dim**-0.5,
+            softmax_scale=softmax_scale,
         )
-        return self.merge(out_THD)
+        return self.merge(out_THD[..., : self.kernel_dim])
 
     def project(self, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v as (T, H, kernel_dim) views of one product; the features past D are zero."""
@@ -110,9 +122,18 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(model.width, model.mlp_width), nn.Linear(model.mlp_width, model.width)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x_TE: Tensor, packed: Packed, keys: KeyRows | None, turn: Turn | None, seed: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_TE: Tensor,
+        packed: Packed,
+        keys: KeyRows | None,
+        turn: Turn | None,
+        seed: Tensor,
+        log_weight_T: Tensor | None = None,
+    ) -> Tensor:
         """Return (T, E)."""
-        x_TE = x_TE + self.dropout(self.attention(self.attention_norm(x_TE), packed, keys, turn, seed))
+        attended_TE = self.attention(self.attention_norm(x_TE), packed, keys, turn, seed, log_weight_T)
+        x_TE = x_TE + self.dropout(attended_TE)
         hidden = self.dropout(F.gelu(self.up(self.mlp_norm(x_TE))))
         return x_TE + self.dropout(self.down(hidden))
 
@@ -247,7 +268,7 @@ class Classifier(nn.Module):
         """
         x_TE, packed, keys, turn, seeds = self.parts.start(self, batch, hidden_T)
         for layer, seed in zip(self.layers, seeds, strict=True):
-            x_TE = self.parts.layer(layer, x_TE, packed, keys, turn, seed)
+            x_TE = self.parts.layer(layer, x_TE, packed, keys, turn, seed, batch.log_weight_T)
         return x_TE, packed
 
     def start(self, batch: Batch, hidden_T: Tensor | None) -> Started:

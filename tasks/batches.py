@@ -45,6 +45,7 @@ class Batch:
     ends in one slot whose byte is 0. `max_length` is the longest sequence or an upper bound. `uniform` says that every
     sequence has max_length rows and no rows follow the last, so packed and padded are one and the same memory.
     A rounded batch (`rounded`) has rows of zeros after cu_seqlens[-1], which belong to no sequence.
+    `log_weight_T` float32: a key stands for exp(that) tokens, of which it alone was kept; None: each for itself.
     """
 
     tokens_T: torch.Tensor
@@ -55,6 +56,7 @@ class Batch:
     keys: Keys | None = None
     cls: bool = False
     uniform: bool = False
+    log_weight_T: torch.Tensor | None = None
     num_spare: int = 0
     """Rows after the last sequence."""
 
@@ -78,7 +80,9 @@ class Batch:
     def tensors(self) -> list[torch.Tensor]:
         """Return everything that `to` copies, in one order."""
         own = [self.tokens_T, self.positions_T, self.cu_seqlens, self.labels_B]
-        return own if self.keys is None else [*own, self.keys.index_K, self.keys.cu_seqlens]
+        weights = [] if self.log_weight_T is None else [self.log_weight_T]
+        keys = [] if self.keys is None else [self.keys.index_K, self.keys.cu_seqlens]
+        return own + weights + keys
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         keys = self.keys
@@ -91,6 +95,7 @@ class Batch:
             cu_seqlens=change(self.cu_seqlens),
             labels_B=change(self.labels_B),
             keys=keys,
+            log_weight_T=None if self.log_weight_T is None else change(self.log_weight_T),
         )
 
 

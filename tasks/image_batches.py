@@ -7,7 +7,7 @@ tokens. A batch is a pure function of (seed, step) for one kind of device; how m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ RESIDENT_SHARE = 0.3  # of the free GPU memory that a set may take
 _COPY_ROWS_BYTES = 256 << 20
 _FRESH_IMAGES = 8192  # drawn at once: enough to fill a GPU
 _RANDOM_BITS = 30
+WeighKept = Literal["off", "full", "random"]
 
 
 class SetImages:
@@ -85,9 +86,11 @@ class ImageBatches:
     """The training batches of one rank, already on its device.
 
     keep_tokens: numbers of tokens an image keeps, one drawn for each step: every pixel of at least `foreground` as far
-    as they fit, and random others. dihedral: each image is flipped and turned at random. mirror: half of them have left
-    and right exchanged. shift: each moves by up to so many pixels, black coming in. Positions are those of the
-    (changed) whole image, in ascending order. `cls` adds one slot at each sequence's end.
+    as they fit, and random others. weigh_kept: each kept token stands for those like it (foreground or not) that were
+    left out (Batch.log_weight_T); random: for a power of that number, drawn for each step. dihedral: each image is
+    flipped and turned at random. mirror: half of them have left and right exchanged. shift: each moves by up to so many
+    pixels, black coming in. Positions are those of the (changed) whole image, in ascending order. `cls` adds one slot
+    at each sequence's end.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class ImageBatches:
         device: torch.device,
         keep_tokens: list[int] | None = None,
         foreground: int = 8,
+        weigh_kept: WeighKept = "off",
         dihedral: bool = False,
         mirror: bool = False,
         shift: int = 0,
@@ -115,6 +119,7 @@ class ImageBatches:
             )
         self.images, self.side, self.batch_size, self.seed, self.device = images, side, batch_size, seed, device
         self.keep_tokens, self.foreground, self.cls = keep_tokens or [], foreground, cls
+        self.weigh_kept = weigh_kept
         self.turns_GL = dihedral_maps(side).to(device) if dihedral else None
         self.mirror, self.shift = mirror, shift
         self.accumulate, self.micro_batch = accumulate, batch_size // (world * accumulate)
@@ -138,7 +143,7 @@ class ImageBatches:
             mirrored_B = torch.randint(2, choice[:1], generator=random, device=self.device).bool() & self.mirror
             images_BL = moved(images_BL, moves_B2[self.first : stop], mirrored_B[self.first : stop], self.side)
         kept = self.num_kept(step)
-        positions_BK = None
+        positions_BK = log_weight_BK = None
         if kept < self.side**2:
             dice_BL = torch.randint(
                 2**_RANDOM_BITS,
@@ -148,12 +153,23 @@ class ImageBatches:
                 dtype=torch.int32,
             )[self.first : stop]
             positions_BK = kept_positions(images_BL, dice_BL, kept, self.foreground)
+            if self.weigh_kept != "off":
+                log_weight_BK = log_weights(images_BL, positions_BK, self.foreground) * self.power(step)
             images_BL = images_BL.gather(1, positions_BK)
         pieces = [slice(i * self.micro_batch, (i + 1) * self.micro_batch) for i in range(self.accumulate)]
         return [
-            self._pack(images_BL[piece], None if positions_BK is None else positions_BK[piece], labels_B[piece])
+            self._pack(
+                images_BL[piece],
+                None if positions_BK is None else positions_BK[piece],
+                None if log_weight_BK is None else log_weight_BK[piece],
+                labels_B[piece],
+            )
             for piece in pieces
         ]
+
+    def power(self, step: int) -> float:
+        """Return the power to which the weights of kept tokens are raised at a step."""
+        return 1.0 if self.weigh_kept == "full" else float(generator(self.seed, "weigh", step).random())
 
     def num_kept(self, step: int) -> int:
         """Return how many tokens each image has at a step."""
@@ -168,7 +184,9 @@ class ImageBatches:
         for number in range(step, stop):
             yield self.at(number)
 
-    def _pack(self, images_BK: Tensor, positions_BK: Tensor | None, labels_B: Tensor) -> Batch:
+    def _pack(
+        self, images_BK: Tensor, positions_BK: Tensor | None, log_weight_BK: Tensor | None, labels_B: Tensor
+    ) -> Batch:
         kept = images_BK.shape[1]
         cu_seqlens, whole_T = self._frame(kept)
         positions_T = whole_T
@@ -182,6 +200,7 @@ class ImageBatches:
             labels_B=labels_B,
             cls=self.cls,
             uniform=True,
+            log_weight_T=None if log_weight_BK is None else self._with_cls(log_weight_BK, 0).flatten(),
         )
 
     def _frame(self, kept: int) -> tuple[Tensor, Tensor]:
@@ -203,6 +222,20 @@ def kept_positions(images_BL: Tensor, dice_BL: Tensor, kept: int, foreground: in
     """
     rank_BL = dice_BL + (images_BL >= foreground).to(torch.int32) * 2**_RANDOM_BITS
     return rank_BL.topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def log_weights(images_BL: Tensor, positions_BK: Tensor, foreground: int) -> Tensor:
+    """Return (B, K) float32: log(pixels / kept pixels) among the foreground or the others, whichever a kept one is of.
+
+    With that added to its scores a kept pixel weighs in the softmax as much as all it stands for: sums over the kept
+    are unbiased estimates of the sums over the whole image (importance sampling).
+    """
+    bright_BL = images_BL >= foreground
+    bright_BK = bright_BL.gather(1, positions_BK)
+    bright, kept = bright_BL.sum(1, keepdim=True), bright_BK.sum(1, keepdim=True)
+    dark, kept_dark = images_BL.shape[1] - bright, positions_BK.shape[1] - kept
+    # A kind without kept pixels has no place for its weight.
+    return torch.where(bright_BK, bright / kept.clamp(min=1), dark / kept_dark.clamp(min=1)).log()
 
 
 def moved(images_BL: Tensor, moves_B2: Tensor, mirrored_B: Tensor, side: int) -> Tensor:
