@@ -58,8 +58,8 @@ class Backend(nn.Module):
 
     static: ClassVar[bool] = False
     """Its forward asks the host for no value of a tensor: torch.compile traces it whole and CUDA graphs record it."""
-    weighs_keys: ClassVar[bool] = False
-    """It is softmax over q . k, so that extra features of q and k can add to the scores (lra/weighing.py)."""
+    exact: ClassVar[bool] = False
+    """It is softmax over q . k, so that features of q and k can add to the scores (lra/weighing.py)."""
     linear_memory: ClassVar[bool] = False
     """Its memory grows with the length and not with its square, so an evaluation batch may be as large as is quick."""
 
@@ -161,7 +161,7 @@ class _Padded(Backend):
 class Standard(_Padded):
     """Softmax attention that writes the L x L scores to memory, as before FlashAttention."""
 
-    static, weighs_keys = True, True
+    static, exact = True, True
 
     @staticmethod
     def rectangle(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, **arguments: Any) -> Tensor:
@@ -173,7 +173,7 @@ class Standard(_Padded):
 class Flash(Backend):
     """Exact tiled attention with linear memory on packed rows; no padding is computed."""
 
-    static, weighs_keys, linear_memory = True, True, True
+    static, exact, linear_memory = True, True, True
 
     def __init__(self, config: AttentionConfig, num_heads: int, head_dim: int, max_length: int) -> None:
         super().__init__(config, num_heads, head_dim, max_length)
@@ -224,7 +224,7 @@ class Flash(Backend):
 class BlockSparse(Backend):
     """FlashAttention over the non-zero blocks of a layout; skipped blocks cost nothing."""
 
-    static, linear_memory = True, True
+    static, exact, linear_memory = True, True, True
 
     def __init__(self, config: AttentionConfig, num_heads: int, head_dim: int, max_length: int) -> None:
         super().__init__(config, num_heads, head_dim, max_length)
@@ -289,7 +289,7 @@ class BlockSparse(Backend):
 class Sdpa(_Padded):
     """PyTorch's scaled_dot_product_attention, padded: what a PyTorch user writes. It draws its own dropout mask."""
 
-    static, weighs_keys = True, True
+    static, exact = True, True
 
     @staticmethod
     def rectangle(

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import attention_kernels as ak
-from lra.attention import Backend, BlockSparse, Flash, Sdpa, Standard, backend_class
+from lra.attention import Backend, BlockSparse, backend_class
 from lra.base.files import write_bytes_atomic
 from lra.config import RunConfig
 from lra.distributed import World
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from tasks.pathfinder_describe import PathfinderImage
 
 VIEW_FILE = "attention.safetensors"
-EXACT = (Standard, Flash, BlockSparse, Sdpa)
 NEAR = 1.5
 """Pixels from a paddle's middle line that count as the paddle; twice as many around a marker."""
 CANDIDATES = 200
@@ -85,7 +84,7 @@ def write_view(run: RunDir, config: RunConfig, world: World, folders: Sequence[P
     That is: attention that has no weights for every pixel, or a set that the generator did not draw. The first process
     alone calls it.
     """
-    if backend_class(config.attention.backend) not in EXACT or config.data.black_pixels != "token":
+    if not backend_class(config.attention.backend).exact or config.data.black_pixels != "token":
         return False
     data = open_data(config)
     scene = find_scene(config, data)

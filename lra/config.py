@@ -47,10 +47,10 @@ class DataConfig(Section):
     every pixel of at least `foreground`, the rest random others. Empty: all. Evaluation has every token."""
     foreground: int = Field(default=8, ge=1, le=255)
     """keep_tokens: the byte from which on a pixel counts as foreground."""
-    weigh_kept: Literal["off", "full", "random"] = "full"
-    """keep_tokens: log(left / kept) is added to the scores of a kept token as a key, left counting all pixels that are
-    foreground (or not) as it is: attention among the kept is then an unbiased sample of attention among all.
-    random: times a number from [0, 1) that is drawn for each step. off: a kept token stands for itself alone."""
+    weigh_kept: bool = False
+    """keep_tokens: log(all / kept) is added to the scores of a kept token as a key, counting the pixels that are
+    foreground (or not) as it is: attention among the kept is then an unbiased sample of attention among all. Needs
+    model.key_weights."""
     dihedral: bool = False
     """Training on square images: one of the 8 flips and quarter turns for each image and step (open track)."""
     mirror: bool = False
@@ -89,6 +89,8 @@ class ModelConfig(Section):
     qk_gain: float = Field(default=1.0, gt=0)
     """qk_norm: what the queries' norm multiplies by at first (a trainable weight); scores start at most
     qk_gain * sqrt(head dim) apart from 0."""
+    key_weights: bool = False
+    """One pair of features of every head carries weights of keys (data.weigh_kept) instead of content."""
     attention_bias: bool = True
     """Biases in the four attention projections (google: none)."""
     input: Literal["embedding", "scalar"] = "embedding"
@@ -129,8 +131,10 @@ class ModelConfig(Section):
                 f"num_heads ({self.num_heads}) must divide the attention width ({self.attention_width}); "
                 "change num_heads, width or qkv_width"
             )
-        if (self.qk_norm or "rotary" in self.positions) and self.head_dim % 8:
-            raise ValueError(f"qk_norm and rotary positions need a head dim divisible by 8, it is {self.head_dim}")
+        if (self.qk_norm or self.key_weights or "rotary" in self.positions) and self.head_dim % 8:
+            raise ValueError(
+                f"qk_norm, key_weights and rotary positions need a head dim divisible by 8, it is {self.head_dim}"
+            )
         if self.positions == "sinusoidal" and self.width % 2:
             raise ValueError(f"positions=sinusoidal needs an even width, it is {self.width}")
         if self.local_start and not ("rotary" in self.positions and self.attention_bias):
@@ -317,6 +321,14 @@ class RunConfig(Section):
                     f"model.positions=axial_rotary is for image tasks; {task.name} has no rows and columns"
                 )
         self._fits_images(task)
+        if self.model.key_weights:
+            from lra.attention import backend_class
+
+            if not backend_class(self.attention.backend).exact:
+                raise ValueError(
+                    f"attention={self.attention.backend} has no scores that model.key_weights could add to; "
+                    "add model.key_weights=false and data.weigh_kept=false"
+                )
         if self.attention.backend == "block_sparse" and self.data.black_pixels != "token":
             raise ValueError(
                 "attention=block_sparse keeps block patterns aligned with image rows, so no pixel can be left out; "
@@ -336,6 +348,8 @@ class RunConfig(Section):
         data = self.data
         if data.fresh_lengths and not data.fresh:
             raise ValueError("data.fresh_lengths are those of fresh images; add data.fresh=true")
+        if data.weigh_kept and not (data.keep_tokens and self.model.key_weights):
+            raise ValueError("data.weigh_kept needs data.keep_tokens and model.key_weights=true")
         if data.shuffle_operands and task.shuffle is None:
             raise ValueError(f"data.shuffle_operands means nothing to {task.name}, which has no operators")
         for name in ("dihedral", "mirror", "shift", "fresh", "shuffle_operands"):
@@ -357,14 +371,6 @@ class RunConfig(Section):
                 "attention=block_sparse keeps block patterns aligned with image rows, so no pixel can be left out; "
                 "add data.keep_tokens=[]"
             )
-        if data.keep_tokens and data.weigh_kept != "off":
-            from lra.attention import backend_class
-
-            if not backend_class(self.attention.backend).weighs_keys:
-                raise ValueError(
-                    f"attention={self.attention.backend} has no scores to which data.weigh_kept could add; "
-                    "add data.weigh_kept=off"
-                )
 
     @property
     def max_length(self) -> int:

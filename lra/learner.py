@@ -29,7 +29,6 @@ from lra.optim import make_optimizer
 from lra.recipes import fingerprint
 from lra.run_dir import RunDir, Stopwatch
 from lra.transfer import begin_with
-from lra.weighing import EXTRA_FEATURES
 from tasks.batches import Batch
 
 # In the name of every weight that belongs to an attention backend (Linformer's projections, Performer's features).
@@ -103,8 +102,7 @@ def make_learner(config: RunConfig, world: World) -> Learner:
     """Build model, optimizer and the rest on this process's device, with the weights of `config.seed`."""
     compiles, attention = wants_compile(config, world.device), backend_class(config.attention.backend)
     dropout = config.model.attention_dropout > 0
-    for extra in {extra_features(config), 0}:
-        attention.prepare(config.attention, like_q(config, world.device, extra), dropout=dropout)
+    attention.prepare(config.attention, like_q(config, world.device), dropout=dropout)
     if compiles and world.device.type == "cuda":
         start_compiler_workers()
     torch.manual_seed(torch_seed(config.seed, "weights"))
@@ -154,15 +152,10 @@ def wants_compile(config: RunConfig, device: torch.device) -> bool:
     return device.type == "cuda" and whole and train.steps >= COMPILE_FROM_STEPS
 
 
-def extra_features(config: RunConfig) -> int:
-    """Return how many features the heads have in training beyond those of evaluation."""
-    return EXTRA_FEATURES if config.data.keep_tokens and config.data.weigh_kept != "off" else 0
-
-
-def like_q(config: RunConfig, device: torch.device, extra: int) -> Tensor:
-    """Return a row (1, H, D) as the attention's queries are in dtype, device and head dim, with `extra` features."""
+def like_q(config: RunConfig, device: torch.device) -> Tensor:
+    """Return a row (1, H, D) as the attention's queries are in dtype, device and head dim."""
     model, dtypes = config.model, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    shape = (1, model.num_heads, -(-model.head_dim // 8) * 8 + extra)
+    shape = (1, model.num_heads, -(-model.head_dim // 8) * 8)
     return torch.empty(shape, dtype=dtypes[config.train.precision], device=device)
 
 
@@ -173,8 +166,7 @@ def why_no_graphs(learner: Learner, config: RunConfig, world: World) -> str | No
         return "that needs a GPU, and neither fp16 nor an optimizer that the host must hold back"
     if train.accumulate > 1 or world.size > 1:
         return "train.accumulate and several processes make a step of several parts"
-    q_1HD = like_q(config, world.device, extra_features(config))
-    reason = backend_class(config.attention.backend).why_not_recorded(config.attention, q_1HD)
+    reason = backend_class(config.attention.backend).why_not_recorded(config.attention, like_q(config, world.device))
     if reason is not None:
         return reason
     # Recordings have memory of their own beside that of steps run plainly.

@@ -52,6 +52,7 @@ class SelfAttention(nn.Module):
         # Kernels read head dims that are multiples of 8; the projections make room, so that nothing is copied.
         self.kernel_dim = -(-model.head_dim // 8) * 8
         self.dropout_p, self.backend = model.attention_dropout, backend
+        self.key_weights = model.key_weights
         self.qkv = nn.Linear(model.width, 3 * model.attention_width, bias=model.attention_bias)
         self.out = nn.Linear(model.attention_width, model.width, bias=model.attention_bias)
         self.q_norm = nn.RMSNorm(model.head_dim) if model.qk_norm else None
@@ -77,8 +78,8 @@ class SelfAttention(nn.Module):
         if turn is not None:
             q_THD, k_THD = rotate(q_THD, *turn), rotate(k_THD, *turn)
         softmax_scale = self.head_dim**-0.5
-        if log_weight_T is not None:
-            q_THD, k_THD, v_THD = with_weights(q_THD, k_THD, v_THD, log_weight_T, softmax_scale)
+        if self.key_weights:
+            q_THD, k_THD = with_weights(q_THD, k_THD, log_weight_T, softmax_scale)
         out_THD = self.backend(
             q_THD,
             k_THD,
@@ -89,7 +90,7 @@ class SelfAttention(nn.Module):
             dropout_seed=seed,
             softmax_scale=softmax_scale,
         )
-        return self.merge(out_THD[..., : self.kernel_dim])
+        return self.merge(out_THD)
 
     def project(self, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v as (T, H, kernel_dim) views of one product; the features past D are zero."""

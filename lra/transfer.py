@@ -16,7 +16,18 @@ from tasks.registry import get
 TABLE, DENOISER = "table.table", "denoiser."
 # What two models must share for the weights of one to mean the same in the other.
 SHARED = [
-    *("depth", "width", "attention_width", "num_heads", "mlp_width", "positions", "pooling", "norm", "qk_norm"),
+    *(
+        "depth",
+        "width",
+        "attention_width",
+        "num_heads",
+        "mlp_width",
+        "positions",
+        "pooling",
+        "norm",
+        "qk_norm",
+        "key_weights",
+    ),
     *("attention_bias", "input", "vocab_size", "head_widths", "pair_features"),
 ]
 

@@ -1,30 +1,34 @@
-"""Keys that stand for several tokens, by extra features of queries and keys: no kernel needs to know of weights."""
+"""Keys that stand for several tokens, by a pair of features of queries and keys: no kernel needs to know of it."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-EXTRA_FEATURES = 8
-"""Kernels read head dims that are multiples of 8."""
+
+def spare_pair(head_dim: int) -> tuple[int, int]:
+    """Return the features that carry a key's weight: those of the slowest rotary pair, the last of either half."""
+    return head_dim // 2 - 1, head_dim - 1
 
 
 def with_weights(
-    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, log_weight_T: Tensor, softmax_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k, v with EXTRA_FEATURES more, such that every score of key t has log_weight_T[t] (float32) added.
+    q_THD: Tensor, k_THD: Tensor, log_weight_T: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return q and k whose scores, without the spare pair's own part, have log_weight_T[t] (float32) added for key t.
 
-    softmax_scale (q . k + extra) = score + log weight where extra = log weight / softmax_scale. Two features carry it:
-    the nearest whole number, exact in bfloat16 up to 256, and the rest. The output's extra features are 0.
+    softmax_scale (q . k + extra) = score + log weight where extra = log weight / softmax_scale. The pair of q is (1, 1)
+    and that of k holds extra in two parts: the nearest whole number, exact in bfloat16 up to 256, and the rest. Without
+    weights the pair of k is (0, 0), every key counts once, and nothing but q . k over the other features is left.
     """
-    extra_T = log_weight_T / softmax_scale
-    whole_T = extra_T.round()
-    pair_T12 = torch.stack((whole_T, extra_T - whole_T), dim=-1).to(k_THD.dtype)[:, None]
-    ones_THX = torch.ones_like(q_THD[..., :EXTRA_FEATURES])
-    extra_THX = F.pad(pair_T12, (0, EXTRA_FEATURES - 2)).expand(-1, k_THD.shape[1], -1)
+    first, second = spare_pair(q_THD.shape[-1])
+    feature_D = torch.arange(q_THD.shape[-1], device=q_THD.device)
+    spare_D = (feature_D == first) | (feature_D == second)
+    if log_weight_T is None:
+        return torch.where(spare_D, 1.0, q_THD).to(q_THD.dtype), torch.where(spare_D, 0.0, k_THD).to(k_THD.dtype)
+    extra_T11 = (log_weight_T / softmax_scale)[:, None, None]
+    whole_T11 = extra_T11.round()
+    pair_T1D = torch.where(feature_D == first, whole_T11, extra_T11 - whole_T11)
     return (
-        torch.cat((q_THD, ones_THX), dim=-1),
-        torch.cat((k_THD, extra_THX), dim=-1),
-        F.pad(v_THD, (0, EXTRA_FEATURES)),
+        torch.where(spare_D, 1.0, q_THD).to(q_THD.dtype),
+        torch.where(spare_D, pair_T1D, k_THD.float()).to(k_THD.dtype),
     )

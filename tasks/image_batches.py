@@ -7,7 +7,7 @@ tokens. A batch is a pure function of (seed, step) for one kind of device; how m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ RESIDENT_SHARE = 0.3  # of the free GPU memory that a set may take
 _COPY_ROWS_BYTES = 256 << 20
 _FRESH_IMAGES = 8192  # drawn at once: enough to fill a GPU
 _RANDOM_BITS = 30
-WeighKept = Literal["off", "full", "random"]
 
 
 class SetImages:
@@ -87,10 +86,9 @@ class ImageBatches:
 
     keep_tokens: numbers of tokens an image keeps, one drawn for each step: every pixel of at least `foreground` as far
     as they fit, and random others. weigh_kept: each kept token stands for those like it (foreground or not) that were
-    left out (Batch.log_weight_T); random: for a power of that number, drawn for each step. dihedral: each image is
-    flipped and turned at random. mirror: half of them have left and right exchanged. shift: each moves by up to so many
-    pixels, black coming in. Positions are those of the (changed) whole image, in ascending order. `cls` adds one slot
-    at each sequence's end.
+    left out (Batch.log_weight_T). dihedral: each image is flipped and turned at random. mirror: half of them have left
+    and right exchanged. shift: each moves by up to so many pixels, black coming in. Positions are those of the
+    (changed) whole image, in ascending order. `cls` adds one slot at each sequence's end.
     """
 
     def __init__(
@@ -103,7 +101,7 @@ class ImageBatches:
         device: torch.device,
         keep_tokens: list[int] | None = None,
         foreground: int = 8,
-        weigh_kept: WeighKept = "off",
+        weigh_kept: bool = False,
         dihedral: bool = False,
         mirror: bool = False,
         shift: int = 0,
@@ -153,8 +151,8 @@ class ImageBatches:
                 dtype=torch.int32,
             )[self.first : stop]
             positions_BK = kept_positions(images_BL, dice_BL, kept, self.foreground)
-            if self.weigh_kept != "off":
-                log_weight_BK = log_weights(images_BL, positions_BK, self.foreground) * self.power(step)
+            if self.weigh_kept:
+                log_weight_BK = log_weights(images_BL, positions_BK, self.foreground)
             images_BL = images_BL.gather(1, positions_BK)
         pieces = [slice(i * self.micro_batch, (i + 1) * self.micro_batch) for i in range(self.accumulate)]
         return [
@@ -166,10 +164,6 @@ class ImageBatches:
             )
             for piece in pieces
         ]
-
-    def power(self, step: int) -> float:
-        """Return the power to which the weights of kept tokens are raised at a step."""
-        return 1.0 if self.weigh_kept == "full" else float(generator(self.seed, "weigh", step).random())
 
     def num_kept(self, step: int) -> int:
         """Return how many tokens each image has at a step."""

@@ -11,7 +11,7 @@ import torch
 from lra.base.errors import ConfigError
 from lra.model import Classifier
 from lra.recipes import load_config
-from lra.weighing import EXTRA_FEATURES, with_weights
+from lra.weighing import spare_pair, with_weights
 from tasks.batches import Batch
 
 
@@ -26,18 +26,22 @@ def test_a_key_of_weight_n_is_n_equal_keys(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(6, 2, 16, generator=generator, dtype=torch.float64) for _ in range(3))
     q, k, v = (x.to(dtype) for x in (q, k, v))
     times = torch.tensor([1, 2, 63, 1, 5, 700])
-    wide = with_weights(q, k, v, times.float().log(), 0.3)
-    assert all(x.shape == (6, 2, 16 + EXTRA_FEATURES) and x.dtype == dtype for x in wide)
-    out = attend(*(x.double() for x in wide), 0.3)
+    weighed = with_weights(q, k, times.float().log(), 0.3)
+    spare = list(spare_pair(16))
+    q[..., spare] = k[..., spare] = 0  # which no longer carry content
+    assert all(x.shape == q.shape and x.dtype == dtype for x in weighed)
+    out = attend(*(x.double() for x in (*weighed, v)), 0.3)
     repeated = attend(*(x.double() for x in (q, k.repeat_interleave(times, 0), v.repeat_interleave(times, 0))), 0.3)
-    assert (out[..., :16] - repeated).abs().max() < (1e-6 if dtype == torch.float64 else 2e-3)
-    assert not out[..., 16:].any()
+    assert (out - repeated).abs().max() < (1e-6 if dtype == torch.float64 else 2e-3)
+    plain = attend(*(x.double() for x in (*with_weights(q, k, None, 0.3), v)), 0.3)
+    assert torch.allclose(plain, attend(q.double(), k.double(), v.double(), 0.3))
 
 
 def tiny(*overrides: str) -> Classifier:
     base = [
         "data.black_pixels=token", "data.keep_tokens=[100]", "model.depth=1", "model.num_heads=1", "model.width=16",
-        "model.qk_norm=true", "model.rotary_base=100.0", "train.precision=fp32", "model.pooling=mean",
+        "model.qk_norm=true", "model.rotary_base=100.0", "model.key_weights=true", "train.precision=fp32",
+        "model.pooling=mean",
     ]  # fmt: skip
     torch.manual_seed(1)
     return Classifier(load_config("pathfinder/smoke", [*base, *overrides])).eval()
@@ -88,8 +92,15 @@ def test_weights_of_one_change_nothing() -> None:
     assert torch.allclose(plain, weighed, atol=1e-5)
 
 
-def test_approximate_attention_has_no_scores_to_add_to() -> None:
-    asked = ["data.black_pixels=token", "data.keep_tokens=[100]", "attention=performer"]
-    with pytest.raises(ConfigError, match=r"data\.weigh_kept=off"):
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["attention=performer"], r"model\.key_weights=false"),
+        (["model.key_weights=false", "data.weigh_kept=true"], r"model\.key_weights=true"),
+        (["data.keep_tokens=[]", "data.weigh_kept=true"], r"data\.keep_tokens"),
+    ],
+)
+def test_what_weights_need_is_told(overrides: list[str], words: str) -> None:
+    asked = ["data.black_pixels=token", "data.keep_tokens=[100]", "model.key_weights=true", *overrides]
+    with pytest.raises(ConfigError, match=words):
         load_config("pathfinder/smoke", asked)
-    load_config("pathfinder/smoke", [*asked, "data.weigh_kept=off"])

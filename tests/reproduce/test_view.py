@@ -92,7 +92,7 @@ def test_a_local_start_is_seen_in_the_view(sets: Path) -> None:
 
 
 def test_what_cannot_be_looked_at_is_left_out(sets: Path, tmp_path: Path) -> None:
-    config = small(sets, "attention=linear", "data.weigh_kept=off")
+    config = small(sets, "attention=linear", "model.key_weights=false", "data.weigh_kept=false")
     assert not write_view(RunDir(tmp_path), config, ALONE, [tmp_path]) and not (tmp_path / VIEW_FILE).exists()
 
 
