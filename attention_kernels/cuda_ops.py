@@ -364,6 +364,7 @@ class _Call:
         else:
             # Packed: one sequence more, the rows after the last one.
             blocks = tiles * self.heads * (self.batch + self.packed)
+            blocks = -(-blocks // chosen.tiles.teams)
         if blocks > _MAX_BLOCKS:
             raise ValueError(
                 f"q is too large for one launch: {blocks} tiles of {chosen.rows} rows, at most {_MAX_BLOCKS}."

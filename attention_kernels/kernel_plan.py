@@ -41,6 +41,7 @@ class Tiles:
     ds_slots: int = 0  # Hopper backward: tiles of dS at a time
     turns: int = 0  # Hopper forward: 1 lets the warpgroups take turns at queueing products
     persistent: int = 1  # Hopper: 1 launches as many blocks as run at a time, 0 one for each piece of work
+    teams: int = 1  # Hopper: into how many the computing warps of a block fall, each with pieces of work of its own
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Plan:
             "MIN_BLOCKS": t.min_blocks,
         }
         if self.hopper:
-            named |= {"SHARED_OPERANDS": t.shared_operands, **self._kernels_of_build}
+            named |= {"TEAMS": t.teams, "SHARED_OPERANDS": t.shared_operands, **self._kernels_of_build}
             if self.kernel == "hopper_backward":
                 return named | {"DS_SLOTS": t.ds_slots, "PERSISTENT": t.persistent}
             return named | {"KEY_TILE": t.tile, "TURNS": t.turns}
@@ -117,8 +118,8 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Stationary rows (queries, or keys in backward_keys) a block."""
-        return 16 * self.tiles.row_tiles * self.tiles.warps
+        """Stationary rows (queries, or keys in backward_keys) a piece of work: a block's, or a team's."""
+        return 16 * self.tiles.row_tiles * self.tiles.warps // self.tiles.teams
 
     @property
     def shared_bytes(self) -> int:
@@ -128,17 +129,22 @@ class Plan:
         t = self.tiles
         stage = 2 * t.tile * self.width * 2
         if self.kernel == "hopper_forward":
-            return t.stages * (stage + 24) + t.shared_operands * self.rows * self.width * 2
+            return self._of_teams(t.stages * (stage + 24) + t.shared_operands * self.rows * self.width * 2)
         if self.kernel == "hopper_backward":
             slots = t.ds_slots * (self.rows * t.tile * 2 + 16)
             keys = (1 + t.persistent) * (2 * self.rows * self.width * 2 + 16)
-            return t.stages * (stage + 8 * t.tile + 24) + keys + slots
+            return self._of_teams(t.stages * (stage + 8 * t.tile + 24) + keys + slots)
         if not self._over_keys:
             return t.stages * stage
         with_dq = self.kernel == "backward"
         operands = (with_dq or t.shared_operands == 2) + (t.shared_operands >= 1)
         scores = self.rows * t.tile * 2 if with_dq else 0
         return t.stages * (stage + 8 * t.tile) + operands * self.rows * self.width * 2 + scores
+
+    def _of_teams(self, bytes_each: int) -> int:
+        """Return the shared memory of all teams; where there are several, each begins at a multiple of 1 KB."""
+        teams = self.tiles.teams
+        return bytes_each if teams == 1 else teams * (-(-bytes_each // 1024) * 1024)
 
     @property
     def name(self) -> str:
