@@ -259,7 +259,7 @@ class _Call:
         self.dtype, self.heads = _DTYPES[q.dtype], shape[-2]
         self.head_dim = -(-shape[-1] // 8) * 8  # as `readable` makes it
         self.fields = _NOTHING.copy()
-        self.dropout = self.sparse = False
+        self.dropout, self.sparse = False, 0  # the layout's block size
         self.packed = cu_q is not None and cu_k is not None
         lengths = (0, 0)
         if cu_q is not None and cu_k is not None:
@@ -324,7 +324,7 @@ class _Call:
         # One entry serves all heads.
         self.fields[_NUMBERS + 4] = 0 if head_to_pattern.shape[0] == 1 else 1
         self.fields[_RULE + 1], self.fields[_RULE + 2] = num_blocks, block_size
-        self.sparse = True
+        self.sparse = block_size
 
     def place(self, **tensors: Tensor | None) -> None:
         """Name the tensors, as struct Params does, that the launches from now on read or write."""

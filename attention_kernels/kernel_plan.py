@@ -234,6 +234,8 @@ _HOPPER_SPARSE: dict[tuple[Kernel, int, bool], Tiles] = {
     ("hopper_backward", 128, False): _HOPPER_BACKWARD[128],
     ("hopper_backward", 128, True): _HOPPER_BACKWARD[128],
 }
+# Where blocks of 64 run on other tiles than blocks of 128.
+_HOPPER_SPARSE_64: dict[tuple[Kernel, int, bool], Tiles] = {}
 _TABLES = {"forward": _FORWARD, "backward": _ALL, "backward_keys": _KEYS, "backward_queries": _QUERIES}
 _HOPPER: dict[Kernel, tuple[Kernel, dict[int, Tiles]]] = {
     "forward": ("hopper_forward", _HOPPER_FORWARD),
@@ -242,10 +244,11 @@ _HOPPER: dict[Kernel, tuple[Kernel, dict[int, Tiles]]] = {
 
 
 @cache
-def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool = False, sparse: bool = False) -> Plan:
+def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool = False, sparse: int = 0) -> Plan:
     """Return the plan of a call; `dtype` is "float16" or "bfloat16". Raises ValueError for another.
 
-    `hopper` asks for the family for 9.0 where it has the kernel and the width; `sparse` for the block-sparse kernel.
+    `hopper` asks for the family for 9.0 where it has the kernel and the width; `sparse`, a layout's block size, for the
+    block-sparse kernel. Every plan computes layouts of every block size; blocks of 64 may have a faster one of their own.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16 or bfloat16, got {dtype}.")
@@ -254,12 +257,14 @@ def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool 
     width = width_of(head_dim)
     if hopper and width in _HOPPER.get(kernel, (kernel, {}))[1]:
         kernel = _HOPPER[kernel][0]
-        tiles = _HOPPER_SPARSE[kernel, width, dropout] if sparse else _hopper_tiles(kernel, width, dropout)
-        return Plan(kernel, width, dtype, dropout, tiles, sparse)
+        at = (kernel, width, dropout)
+        of_block = _HOPPER_SPARSE_64.get(at, _HOPPER_SPARSE[at]) if sparse == 64 else _HOPPER_SPARSE[at]
+        tiles = of_block if sparse else _hopper_tiles(kernel, width, dropout)
+        return Plan(kernel, width, dtype, dropout, tiles, bool(sparse))
     if kernel == "postprocess":
         return Plan(kernel, width, dtype, False, Tiles(8, 1, 0, 0, 0, 1))
     tiles = _TABLES[kernel][width]
-    return Plan(kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tiles) if dropout else tiles, sparse)
+    return Plan(kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tiles) if dropout else tiles, bool(sparse))
 
 
 def _hopper_tiles(kernel: Kernel, width: int, dropout: bool) -> Tiles:
@@ -281,7 +286,7 @@ def hopper_plans() -> list[Plan]:
     kinds = [(kernel, width) for kernel, (_, table) in _HOPPER.items() for width in table]
     calls = [(k, w, d, drop) for k, w in kinds for d in DTYPES for drop in (False, True)]
     dense = [plan(*call, hopper=True) for call in calls]
-    sparse = [plan(*call, hopper=True, sparse=True) for call in calls]
+    sparse = dict.fromkeys(plan(*call, hopper=True, sparse=block) for call in calls for block in (64, 128))
     return dense + [one for one in sparse if not one.defines["DENSE"]]
 
 
@@ -290,6 +295,6 @@ def cover_plans() -> list[Plan]:
     picked = [plan(k, w, DTYPES[i % 2], i % 3 == 0) for k in _LOOPS for i, w in enumerate(WIDTHS)]
     hopper = [plan(k, w, DTYPES[i % 2], False, hopper=True) for k in _HOPPER for i, w in enumerate(_HOPPER_FORWARD)]
     # With dropout where tiles are block-sparse only: there every variant is free of spills.
-    sparse = [plan(k, w, DTYPES[i], True, hopper=True, sparse=True) for k in _HOPPER for i, w in enumerate((32, 64))]
+    sparse = [plan(k, w, DTYPES[i], True, hopper=True, sparse=128) for k in _HOPPER for i, w in enumerate((32, 64))]
     rest = [plan("postprocess", 32, "float16", False), plan("preprocess", 0, "bfloat16", False)]
     return picked + hopper + sparse + rest

@@ -303,7 +303,7 @@ __device__ __forceinline__ void run(const Params& p) {
     }
     give_registers<copier_registers(WARPS / 4, MIN_BLOCKS)>();
     // Counted anew: a number that both roles share is one that the registers of neither may hold.
-    const u32 team = TEAMS == 1 ? 0 : (afresh(threadIdx.x) - THREADS) / COPIERS;
+    const u32 team = this_team();
     if (team >= TEAMS) return;
     const Places own = {shared + team * TEAM_BYTES};
     Announcer<LISTED ? 2 : 1> announcer = {0};

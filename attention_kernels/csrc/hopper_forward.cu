@@ -264,7 +264,8 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
 template <bool LISTED>
 __device__ __forceinline__ void run(const Params& p) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
-    const Stages stages = {(u32)__cvta_generic_to_shared(shared_bytes) + this_team() * TEAM_BYTES};
+    const u32 shared = (u32)__cvta_generic_to_shared(shared_bytes);
+    const Stages stages = {shared + this_team() * TEAM_BYTES};
     if (threadIdx.x < THREADS && team_thread() < STAGES) {
         make_barrier(stages.filled(team_thread()), COPIERS);
         make_barrier(stages.emptied(team_thread()), WARPS / TEAMS);
@@ -272,8 +273,10 @@ __device__ __forceinline__ void run(const Params& p) {
     __syncthreads();
     if (threadIdx.x >= THREADS) {
         give_registers<copier_registers(WARPS / 4, MIN_BLOCKS)>();
-        if (this_team() >= TEAMS) return;
-        LISTED ? copy_listed(p, stages) : copy_all(p, stages);
+        // Counted anew: a number that both roles share is one that the registers of neither may hold.
+        const u32 team = this_team();
+        const Stages own = {shared + team * TEAM_BYTES};
+        if (team < TEAMS) LISTED ? copy_listed(p, own) : copy_all(p, own);
         return;
     }
     take_registers<computer_registers(WARPS / 4, MIN_BLOCKS)>();

@@ -1,10 +1,11 @@
 // The stages of the Hopper backward: what lies where in shared memory, which queries a piece of work goes through, and the
 // copies that fill the stages. hopper_backward.cu includes this and reads them.
 #pragma once
-#define QUERY_TILE 64
+#define TEAM_COPIER_REGISTERS (WARPS < 12 ? 56 : 32)
 #include "warpgroups.cuh"
 
 #define KEYS (GROUPS * 64)
+#define QUERY_TILE 64
 #define KEYS_BYTES (KEYS * ROW_BYTES)
 #define TILE_BYTES (QUERY_TILE * ROW_BYTES)
 #define DS_ROW (QUERY_TILE * 2)

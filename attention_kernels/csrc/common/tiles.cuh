@@ -20,7 +20,7 @@
 #define CHUNKS (HEAD_DIM / 8)
 #define K_STEPS (HEAD_DIM / 16)
 
-__device__ __forceinline__ int team_thread() { return TEAMS == 1 ? threadIdx.x : threadIdx.x % TEAM_THREADS; }
+__device__ __forceinline__ u32 team_thread() { return TEAMS == 1 ? threadIdx.x : threadIdx.x % TEAM_THREADS; }
 
 __device__ __forceinline__ int turn(int row) {
 #if HEAD_DIM == 16

@@ -15,24 +15,21 @@
 // one list, and no group waits through stages that only others want.
 #define GROUPS (WARPS / 4 / TEAMS)
 #define COPYING 128
-#ifdef QUERY_TILE
-#define GROUPS_MORE 0
-#else
-#define GROUPS_MORE 1
-#endif
 #define COPIERS (TEAMS == 1 ? 128 : TEAMS == 2 ? 64 : 32)
 
 // Beyond the last team where three share four copying warps.
-__device__ __forceinline__ int this_team() {
+__device__ __forceinline__ u32 this_team() {
     if (TEAMS == 1) return 0;
-    return threadIdx.x < THREADS ? threadIdx.x / TEAM_THREADS : (threadIdx.x - THREADS) / COPIERS;
+    const u32 thread = afresh(threadIdx.x);
+    return thread < THREADS ? thread / TEAM_THREADS : (thread - THREADS) / COPIERS;
 }
-__device__ __forceinline__ int this_group() { return team_thread() / 128; }
-__device__ __forceinline__ int this_warp() { return team_thread() >> 5; }
+__device__ __forceinline__ u32 this_group() { return team_thread() / 128; }
+__device__ __forceinline__ u32 this_warp() { return team_thread() >> 5; }
 
-// Registers a thread: the block starts with an even share; copiers give up what the computing warpgroups take.
+// Registers a thread: the block starts with an even share; copiers give up what the computing warpgroups take. A team's few
+// copiers have more to count, and keep as many as its kernel (TEAM_COPIER_REGISTERS) can spare.
 __device__ constexpr int even_share(int groups, int blocks) { return 65536 / (blocks * (groups + 1) * 128) / 8 * 8; }
-__device__ constexpr int copier_registers(int groups, int blocks) { return TEAMS > 1 && GROUPS_MORE ? 56 : even_share(groups, blocks) >= 168 ? 40 : 32; }
+__device__ constexpr int copier_registers(int groups, int blocks) { return TEAMS > 1 ? TEAM_COPIER_REGISTERS : even_share(groups, blocks) >= 168 ? 40 : 32; }
 __device__ constexpr int computer_registers(int groups, int blocks) {
     const int share = (even_share(groups, blocks) * (groups + 1) - copier_registers(groups, blocks)) / groups / 8 * 8;
     return share < 240 ? share : 240;
@@ -151,23 +148,21 @@ __device__ __forceinline__ Step read_step(u32 from) {
 
 // The computing groups take turns at queueing products. Why: the tensor cores serve queued products of several groups side
 // by side, so groups that queue together also finish together, and then compete for the exponential unit; in turn, one
-// multiplies while another exponentiates. A named barrier for each group of the block, from 1 on; every group of a team must
-// take equally many turns.
+// multiplies while another exponentiates. Named barriers 1 to the number of the block's groups; every group of a team must
+// take equally many turns. COUNT groups take turns: all of the block's, or the two of a team.
 template <int COUNT>
 struct Turn {
     int group;  // of the block
     __device__ __forceinline__ explicit Turn(int group) : group(group) {
-        if (COUNT > 1 && last()) pass();
+        if (COUNT > 1 && (COUNT == 2 ? group & 1 : group == COUNT - 1)) pass();
     }
     __device__ __forceinline__ void take() const {
         if (COUNT > 1) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
     }
     __device__ __forceinline__ void pass() const {
-        if (COUNT > 1) asm volatile("bar.arrive %0, 256;" ::"r"(last() ? 2 + group - COUNT : 2 + group) : "memory");
+        const int next = COUNT == 2 ? group ^ 1 : group + 1 == COUNT ? 0 : group + 1;
+        if (COUNT > 1) asm volatile("bar.arrive %0, 256;" ::"r"(1 + next) : "memory");
     }
-
-   private:
-    __device__ __forceinline__ bool last() const { return group % COUNT == COUNT - 1; }
 };
 
 // The pieces of work of one team, when as many blocks are launched as run at a time: one of each round of all teams, the
