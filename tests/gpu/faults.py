@@ -48,6 +48,7 @@ _PHILOX, _TILES, _TYPES = "common/philox.cuh", "common/tiles.cuh", "common/types
 _WALK = "common/walk.cuh"
 
 _HOPPER_FORWARD, _HOPPER_BACKWARD, _WARPGROUPS = "hopper_forward.cu", "hopper_backward.cu", "common/warpgroups.cuh"
+_HOPPER_STAGES, _HOPPER_SCORES = "common/forward_stages.cuh", "common/backward_scores.cuh"
 
 _GENERIC = [
     Fault("forward: one key too many", _SOFTMAX, "x = 8 * n < seen ? x : 0.f;", "x = 8 * n <= seen ? x : 0.f;"),
@@ -163,18 +164,18 @@ _HOPPER = [
     ),
     Fault("forward: one dropout mask for all columns of a step", _HOPPER_FORWARD, " + n / 4);", ");"),
     Fault(
-        "backward: mask off by one", _HOPPER_BACKWARD, "if (8 * n + e < first_seen)", "if (8 * n + e + 1 < first_seen)"
+        "backward: mask off by one", _HOPPER_SCORES, "if (8 * n + e < first_seen)", "if (8 * n + e + 1 < first_seen)"
     ),
     Fault("backward: dK without the scale", _HOPPER_BACKWARD, "keys.dk, p.scale, p.scale", "keys.dk, 1.f, 1.f"),
     Fault(
         "backward: every 16 keys draw the first's mask",
-        _HOPPER_BACKWARD,
+        _HOPPER_SCORES,
         "upper = first_key & 16,",
         "upper = 0,",
     ),
     Fault(
         "backward: dP without the factor of dropout",
-        _HOPPER_BACKWARD,
+        _HOPPER_SCORES,
         "gx = masked(gx, low_mask(pair)) * keep_scale;",
         "gx = masked(gx, low_mask(pair));",
     ),
@@ -205,8 +206,8 @@ _HOPPER = [
     ),
     Fault(
         "block-sparse: a group takes part in every stage",
-        _HOPPER_FORWARD,
-        "found = step.who >> (threadIdx.x / 128) & 1;",
+        _HOPPER_STAGES,
+        "found = step.who >> this_group() & 1;",
         "found = step.who != 0;",
         where="sparse",
     ),
