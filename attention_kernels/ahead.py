@@ -37,7 +37,7 @@ def build_ahead(
 
 
 def plans_of(q: Tensor, dropout: bool, deterministic: bool, sparse: int) -> list[Plan]:
-    """Return the kernels that cuda_ops.py launches for calls like q, each once; `sparse` is a layout's block size or 0."""
+    """Return the kernels that cuda_ops.py launches for calls like q, each once; `sparse`: a layout's blocks, or 0."""
     index = torch.cuda.current_device() if q.device.index is None else q.device.index
     hopper = launcher.is_hopper(index) and families.asked() != "generic"
 

@@ -248,7 +248,7 @@ def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool 
     """Return the plan of a call; `dtype` is "float16" or "bfloat16". Raises ValueError for another.
 
     `hopper` asks for the family for 9.0 where it has the kernel and the width; `sparse`, a layout's block size, for the
-    block-sparse kernel. Every plan computes layouts of every block size; blocks of 64 may have a faster one of their own.
+    block-sparse kernel. Every plan computes layouts of any block size; blocks of 64 may have a faster one of their own.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16 or bfloat16, got {dtype}.")

@@ -29,7 +29,9 @@ __device__ __forceinline__ u32 this_warp() { return team_thread() >> 5; }
 // Registers a thread: the block starts with an even share; copiers give up what the computing warpgroups take. A team's few
 // copiers have more to count, and keep as many as its kernel (TEAM_COPIER_REGISTERS) can spare.
 __device__ constexpr int even_share(int groups, int blocks) { return 65536 / (blocks * (groups + 1) * 128) / 8 * 8; }
-__device__ constexpr int copier_registers(int groups, int blocks) { return TEAMS > 1 ? TEAM_COPIER_REGISTERS : even_share(groups, blocks) >= 168 ? 40 : 32; }
+__device__ constexpr int copier_registers(int groups, int blocks) {
+    return TEAMS > 1 ? TEAM_COPIER_REGISTERS : even_share(groups, blocks) >= 168 ? 40 : 32;
+}
 __device__ constexpr int computer_registers(int groups, int blocks) {
     const int share = (even_share(groups, blocks) * (groups + 1) - copier_registers(groups, blocks)) / groups / 8 * 8;
     return share < 240 ? share : 240;
