@@ -39,8 +39,14 @@ class Tiles:
     # forward); 1 k and v (Hopper backward).
     shared_operands: int = 0
     ds_slots: int = 0  # Hopper backward: tiles of dS at a time
-    turns: int = 0  # Hopper forward: 1 lets the warpgroups take turns at queueing products
+    turns: int = 0  # Hopper: 1 lets the warpgroups take turns at queueing products
     persistent: int = 1  # Hopper: 1 launches as many blocks as run at a time, 0 one for each piece of work
+    # Hopper backward: 1 adds dQ to tiles, 2 by bulk reductions, 0 to rows; postprocess: 1 where it reads tiles.
+    sums: int = 0
+    ahead: int = 0  # Hopper backward: 1 queues S of a tile behind dV and dK of the one before
+    split: int = 0  # Hopper backward at 128: 1 gives each group columns of dQ instead of every other tile
+    draw_early: int = 0  # Hopper forward with dropout: 1 draws the mask while products run
+    pairs: int = 0  # Hopper backward with dropout: 1 lets two warps share their draws of the mask
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,10 @@ class Plan:
         """Macros of the build."""
         t = self.tiles
         named = {"HEAD_DIM": self.width, "DTYPE_BF16": int(self.dtype == "bfloat16"), "WARPS": t.warps}
-        if self.kernel in ("preprocess", "postprocess"):
+        if self.kernel == "preprocess":
             return named
+        if self.kernel == "postprocess":
+            return named | {"SUMS": t.sums}
         named |= {
             "DROPOUT": int(self.dropout),
             "ROW_TILES": t.row_tiles,
@@ -82,8 +90,9 @@ class Plan:
         if self.hopper:
             named |= {"SHARED_OPERANDS": t.shared_operands, **self._kernels_of_build}
             if self.kernel == "hopper_backward":
-                return named | {"DS_SLOTS": t.ds_slots, "PERSISTENT": t.persistent}
-            return named | {"KEY_TILE": t.tile, "TURNS": t.turns}
+                named |= {"DS_SLOTS": t.ds_slots, "PERSISTENT": t.persistent, "TURNS": t.turns}
+                return named | {"SUMS": t.sums, "AHEAD": t.ahead, "PAIRS": t.pairs, "SPLIT": t.split}
+            return named | {"KEY_TILE": t.tile, "TURNS": t.turns, "DRAW_EARLY": t.draw_early}
         if self._over_keys:
             with_dq = int(self.kernel == "backward")
             return named | {"QUERY_TILE": t.tile, "SHARED_OPERANDS": t.shared_operands, "WITH_DQ": with_dq}
@@ -117,7 +126,9 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Stationary rows (queries, or keys in backward_keys) a block."""
+        """Stationary rows (queries, or keys in backward_keys) a block; of postprocess, where it reads tiles."""
+        if self.kernel == "postprocess":
+            return 64
         return 16 * self.tiles.row_tiles * self.tiles.warps
 
     @property
@@ -132,7 +143,8 @@ class Plan:
         if self.kernel == "hopper_backward":
             slots = t.ds_slots * (self.rows * t.tile * 2 + 16)
             keys = (1 + t.persistent) * (2 * self.rows * self.width * 2 + 16)
-            return t.stages * (stage + 8 * t.tile + 24) + keys + slots
+            dq = (t.sums == 2) * self.rows * self.width * 4 // (t.warps // 4 if t.split else 1)
+            return t.stages * (stage + 8 * t.tile + 24) + keys + slots + dq + t.pairs * t.warps * 32 * 8
         if not self._over_keys:
             return t.stages * stage
         with_dq = self.kernel == "backward"
@@ -236,6 +248,12 @@ _HOPPER: dict[Kernel, tuple[Kernel, dict[int, Tiles]]] = {
 
 
 @cache
+def postprocess(width: int, dtype: str, sums: int) -> Plan:
+    """Return the plan of what makes dq of the sums that a backward with `sums` leaves."""
+    return Plan("postprocess", width, dtype, False, Tiles(8, 1, 0, 0, 0, 1, sums=min(sums, 1)))
+
+
+@cache
 def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool = False, sparse: bool = False) -> Plan:
     """Return the plan of a call; `dtype` is "float16" or "bfloat16". Raises ValueError for another.
 
@@ -251,7 +269,7 @@ def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool 
         tiles = _HOPPER_SPARSE[kernel, width, dropout] if sparse else _hopper_tiles(kernel, width, dropout)
         return Plan(kernel, width, dtype, dropout, tiles, sparse)
     if kernel == "postprocess":
-        return Plan(kernel, width, dtype, False, Tiles(8, 1, 0, 0, 0, 1))
+        return postprocess(width, dtype, 0)
     tiles = _TABLES[kernel][width]
     return Plan(kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tiles) if dropout else tiles, sparse)
 

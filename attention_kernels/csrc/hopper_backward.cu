@@ -3,7 +3,9 @@
 //
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
 //   WARPS (computing, four a group), STAGES (of 64 queries), DS_SLOTS, PERSISTENT, MIN_BLOCKS,
-//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory).
+//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory), SUMS (backward_dq.cuh),
+//   AHEAD (1: S^T of a tile is queued behind dV and dK of the one before), TURNS (1: groups queue in turn, warpgroups.cuh),
+//   PAIRS (1: two warps share their draws of the dropout mask), SPLIT (backward_dq.cuh).
 //
 // The last warpgroup copies tiles of q, dO and the row statistics; each of the others owns 64 keys:
 //
@@ -17,7 +19,10 @@
 // Block-sparse, a stage holds queries that some groups' lists name: the others pass it by, and dQ is multiplied from the
 // keys of those that took part.
 #include "common/backward_stages.cuh"
-#include "common/philox.cuh"
+#include "common/backward_dq.cuh"
+#include "common/backward_dropout.cuh"
+
+typedef Turn<TURNS ? GROUPS : 1> Turns;
 
 // P of pairs that do not see each other becomes 0. Keys past the end are such too: what they hold stays in rows of their
 // own in dK and dV, but dQ sums over keys. Why a block of its own: mixed into the main path, every step pays for it.
@@ -33,26 +38,6 @@ __device__ __forceinline__ void hide(Block& s, const Params& p, const Work& w, i
             for (int e = 0; e < 2; ++e)
                 if (8 * n + e < first_seen) s[n][2 * h + e] = 0.f;
     }
-}
-
-// The dropout mask of this lane's 32 elements in one register. Flag 2 step + half of byte 2 h + e is that of s[n][2 h + e] for
-// n = 2 step + half: shifted to the top of its byte, it spreads as in philox.cuh.
-__device__ __forceinline__ u32 draw_flags(const Params& p, Philox philox, int row, int first_key) {
-    u32 flags = 0;
-    // Why: the compiler would keep what it can compute of these, fourteen round keys to begin with, through the whole loop.
-    asm volatile("" : "+r"(philox.key0), "+r"(philox.key1), "+r"(philox.sample), "+r"(philox.head));
-#pragma unroll 2
-    for (int step = 0; step < QUERY_TILE / 16; ++step) {
-        u32 keep[4];
-        keep_bits(keep, p, philox, (row >> 4) + step, first_key >> 5);
-        // This warp's 16 keys are half of the 32 that are drawn together; keys x queries is the other way round.
-        const u32 upper = first_key & 16, keys0 = upper ? keep[2] : keep[0], keys1 = upper ? keep[3] : keep[1];
-        const u32 first[2] = {transpose8x8(pair_mask<0>(keys0)), transpose8x8(pair_mask<0>(keys1))};
-        const u32 second[2] = {transpose8x8(pair_mask<1>(keys0)), transpose8x8(pair_mask<1>(keys1))};
-        flags |= __byte_perm(first[0], first[1], 0x6420) & 0x01010101u << 2 * step;
-        flags |= __byte_perm(second[0], second[1], 0x6420) & 0x01010101u << 2 * step + 1;
-    }
-    return flags;
 }
 
 // One statistic of the queries that this lane sees in blocks n and n + 1 of 8: 2t and 2t + 1 of each.
@@ -117,51 +102,6 @@ __device__ __forceinline__ void write_ds(u32 slot, const Fragments& ds, int warp
     }
 }
 
-__device__ __forceinline__ void add4(float* to, float a, float b, float c, float d) {
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-
-// dQ of 64 queries from the keys of all groups, or LISTED of those whose bits stand in `who`, by one group.
-template <bool LISTED>
-__device__ __forceinline__ void add_dq(const Places& places, const Ring& ds, u32 keys, const Params& p, float* sums, int q_len, int first_query,
-                                       u32 who) {
-    const u32 ds_place = place_of(places.ds(ds.slot())), k_place = place_of(keys);
-    await(places.ds_filled(ds.slot()), ds.filled());
-    Sums dq;
-    if (LISTED) {
-#pragma unroll
-        for (int d = 0; d < HEAD_DIM / 8; ++d)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) dq[d][c] = 0.f;
-    } else {
-        open_products();
-    }
-#pragma unroll
-    for (int from = 0; from < KEYS; from += 64) {
-        if (LISTED) {
-            if (!(who >> from / 64 & 1)) continue;
-            open_products();
-        }
-#pragma unroll
-        for (int key = from; key < from + 64; key += 16)
-            Product<HEAD_DIM>::shared<true, true>(dq, descriptor(ds_place + key * DS_ROW / 16, 16, 8 * DS_ROW, SWIZZLE_128),
-                                                  rows_inside<KEYS>(k_place, key), LISTED || key > 0);
-        // Why a wait each: products that only some tiles have must not be left running when the ways meet again.
-        if (LISTED) close_products(), wait_products<0>();
-    }
-    if (!LISTED) close_products(), wait_products<0>();
-    arrive_warp(places.ds_emptied(ds.slot()));
-    if (LISTED && (who & ~LAST_STAGE) == 0) return;
-    const int lane = threadIdx.x & 31, row = first_query + ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2);
-    float* to = sums + (i64)row * HEAD_DIM + 4 * (lane & 3);
-#pragma unroll
-    for (int d = 0; d < K_STEPS; ++d) {
-        if (16 * d >= p.head_dim) break;
-        if (row < q_len) add4(to + 16 * d, dq[2 * d][0], dq[2 * d][1], dq[2 * d + 1][0], dq[2 * d + 1][1]);
-        if (row + 8 < q_len) add4(to + 8 * HEAD_DIM + 16 * d, dq[2 * d][2], dq[2 * d][3], dq[2 * d + 1][2], dq[2 * d + 1][3]);
-    }
-}
-
 struct Keys {
 #if !SHARED_OPERANDS
     u32 k[K_STEPS][4], v[K_STEPS][4];
@@ -218,19 +158,21 @@ __device__ __forceinline__ void exponentiate(Block& s, const RowPairs& lse_pairs
 }
 
 // The part of a group whose 64 keys all lie past the end: dS is 0, and it takes its turns at dQ.
-__device__ __forceinline__ void stand_by(const Params& p, const Places& places, const Work& w, u32 keys, Ring& ring, Ring& ds_ring) {
-    const int group = threadIdx.x / 128;
-    float* dq_sums = p.dq_sums + stats_at(p, w) * HEAD_DIM;
+__device__ __forceinline__ void stand_by(const Params& p, const Places& places, const Work& w, u32 keys, Ring& ring, Ring& ds_ring,
+                                         const Turns& turn) {
+    float* dq_sums = sums_of(p, w);
     const Fragments none = {};
     Ring ds_before = ds_ring;
     int adding = GROUPS - 1, row_before = -1;
 #pragma unroll 1
     for (QueryTiles tile(p, w);; tile.next()) {
-        if (row_before >= 0 && adding == group) add_dq<false>(places, ds_before, keys, p, dq_sums, w.q_len, row_before, 0);
+        if (row_before >= 0 && has_share(adding)) add_dq<false>(places, ds_before, keys, p, dq_sums, w.q_len, row_before, 0);
         if (!tile.left(w)) break;
         row_before = tile.row;
         await(places.filled(ring.slot()), ring.filled());
         arrive_warp(places.emptied(ring.slot()));
+        turn.take();
+        turn.pass();
         await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
         write_ds(places.ds(ds_ring.slot()), none, (threadIdx.x >> 5) * 16);
         show_to_products();
@@ -243,11 +185,12 @@ __device__ __forceinline__ void stand_by(const Params& p, const Places& places, 
 }
 
 template <bool LISTED>
-__device__ __forceinline__ void differentiate_work(const Params& p, const Places& places, u32 id, u32 keys_at, Ring& ring, Ring& ds_ring) {
+__device__ __forceinline__ void differentiate_work(const Params& p, const Places& places, u32 id, u32 keys_at, Ring& ring, Ring& ds_ring,
+                                                   const Turns& turn) {
     const Work w = find_work(p, id, false);
     const int warp = threadIdx.x >> 5, group = warp / 4, first_key = w.tile * KEYS + warp * 16;
     const int group_key = w.tile * KEYS + group * 64;
-    if (!LISTED && group_key >= w.k_len) return stand_by(p, places, w, keys_at, ring, ds_ring);
+    if (!LISTED && group_key >= w.k_len) return stand_by(p, places, w, keys_at, ring, ds_ring, turn);
     Keys keys;
     load_keys(keys, keys_at);
 #if SHARED_OPERANDS
@@ -258,16 +201,26 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
 #endif
     u32 flags = 0;
 #if DROPOUT
-    if (!LISTED) flags = draw_flags(p, start_philox(p, w), QueryTiles(p, w).row, first_key);
+    if (PAIRS) meet_neighbour();
+    if (!LISTED) flags = find_flags(p, places, w, QueryTiles(p, w).row, first_key);
 #endif
-    float* dq_sums = p.dq_sums + stats_at(p, w) * HEAD_DIM;
+    float* dq_sums = sums_of(p, w);
     Ring ds_before = ds_ring;
     int adding = GROUPS - 1, row_before = -1;  // the group that adds dQ of the tile before, and that tile's first row
     u32 who_before = 0;
+    constexpr bool ahead = AHEAD && !LISTED, turns = TURNS && !LISTED;
+    Block s;
+    if (ahead && QueryTiles(p, w).left(w)) {
+        await(places.filled(ring.slot()), ring.filled());
+        open_products();
+        multiply_rows(s, place_of(places.queries(ring.slot())), k, place_of(keys_at + group * 64 * PANEL_ROW));
+        close_products();
+        wait_products<0>();
+    }
 
 #pragma unroll 1
     for (QueryTiles tile(p, w); LISTED || tile.left(w); tile.next()) {
-        await(places.filled(ring.slot()), ring.filled());
+        if (!ahead) await(places.filled(ring.slot()), ring.filled());
         const Step step = LISTED ? read_step(places.step(ring.slot())) : Step{tile.row, 0};
         const int row = step.row;
         if (LISTED && !(step.who >> group & 1)) {
@@ -276,20 +229,24 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
             await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
             arrive_warp(places.ds_filled(ds_ring.slot()));
         } else {
-            Block s, dp;
+            Block dp;
             Fragments weights, ds;
             const u32 tile_place = place_of(places.queries(ring.slot())), rows_place = place_of(keys_at + group * 64 * PANEL_ROW);
 #if DROPOUT
             if (LISTED) flags = draw_flags(p, start_philox(p, w), row, first_key);
 #endif
-            open_products();
-            multiply_rows(s, tile_place, k, rows_place);
-            close_products();
+            if (!ahead) {
+                if (turns) turn.take();
+                open_products();
+                multiply_rows(s, tile_place, k, rows_place);
+                close_products();
+            }
             open_products();
             multiply_rows(dp, tile_place + TILE_BYTES / 16, v, rows_place + KEYS_BYTES / 16);
             close_products();
+            if (turns && !ahead) turn.pass();
             const RowPairs lse(places.stats(ring.slot()));
-            wait_products<1>();
+            if (!ahead) wait_products<1>();
             exponentiate(s, lse, p.scale_log2);
             if ((p.causal && row + w.offset < group_key + 63) || group_key + 64 > w.k_len) hide(s, p, w, first_key, row);
             const RowPairs d(places.stats(ring.slot()) + QUERY_TILE * 4);
@@ -299,19 +256,32 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
             write_ds(places.ds(ds_ring.slot()), ds, warp * 16);
             show_to_products();
             arrive_warp(places.ds_filled(ds_ring.slot()));
+            if (turns && ahead) turn.take();
             open_products();
             multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
             multiply_queries(keys.dk, ds, tile_place);
             close_products();
+            if (ahead) {
+                // Behind the last tile too, from whatever lies there: products in a branch would have to be waited for in it.
+                Ring next = ring;
+                next.next<STAGES>();
+                if (row + QUERY_TILE < w.q_len) await(places.filled(next.slot()), next.filled());
+                open_products();
+                multiply_rows(s, place_of(places.queries(next.slot())), k, rows_place);
+                close_products();
+            }
+            if (turns && ahead) turn.pass();
 #if DROPOUT
             // For the next tile, while the products run: now there are registers to spare.
-            if (!LISTED) flags = draw_flags(p, start_philox(p, w), row + QUERY_TILE, first_key);
+            if (!LISTED) flags = find_flags(p, places, w, row + QUERY_TILE, first_key);
 #endif
-            wait_products<0>();
+            if (ahead) wait_products<1>();
+            else wait_products<0>();
             arrive_warp(places.emptied(ring.slot()));
+            if (ahead) wait_products<0>();
         }
         // By now all groups have written dS of the tile before.
-        if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before, who_before);
+        if (row_before >= 0 && has_share(adding)) add_dq<LISTED>(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before, who_before);
         row_before = row;
         who_before = step.who;
         adding = adding + 1 == GROUPS ? 0 : adding + 1;
@@ -320,7 +290,7 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
         ds_ring.next<DS_SLOTS>();
         if (LISTED && step.who & LAST_STAGE) break;
     }
-    if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before, who_before);
+    if (row_before >= 0 && has_share(adding)) add_dq<LISTED>(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before, who_before);
     // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
     asm volatile("" : "+r"(id));
     const Work end = find_work(p, id, false);
@@ -338,14 +308,14 @@ __device__ __forceinline__ void zero_keys(const Params& p, const Work& w, i64 fr
 }
 
 template <bool LISTED>
-__device__ __forceinline__ void compute(const Params& p, const Places& places, u32 id, Ring& keys, Ring& ring, Ring& ds_ring) {
+__device__ __forceinline__ void compute(const Params& p, const Places& places, u32 id, Ring& keys, Ring& ring, Ring& ds_ring, const Turns& turn) {
     const Work w = find_work(p, id, false);
     // Keys hidden by key_lengths have gradient 0, and so have rows of no sequence.
     if (w.tail) zero_keys(p, w, w.k_start, w.k_len);
     else if (p.key_lengths != nullptr) zero_keys(p, w, w.k_len, p.len_k - w.k_len);
     if (!has_keys(w)) return;
     await(places.keys_filled(keys.slot()), keys.filled());
-    differentiate_work<LISTED>(p, places, id, places.keys(keys.slot()), ring, ds_ring);
+    differentiate_work<LISTED>(p, places, id, places.keys(keys.slot()), ring, ds_ring, turn);
     arrive_warp(places.keys_emptied(keys.slot()));
     keys.next<KEY_SLOTS>();
 }
@@ -366,7 +336,7 @@ __device__ __forceinline__ void run(const Params& p) {
     }
     if (threadIdx.x < DS_SLOTS) {
         make_barrier(places.ds_filled(threadIdx.x), WARPS);
-        make_barrier(places.ds_emptied(threadIdx.x), 4);
+        make_barrier(places.ds_emptied(threadIdx.x), SPLIT ? WARPS : 4);
     }
     if (threadIdx.x < KEY_SLOTS) {
         make_barrier(places.keys_filled(threadIdx.x), COPIERS);
@@ -377,11 +347,15 @@ __device__ __forceinline__ void run(const Params& p) {
     if (threadIdx.x < THREADS) {
         take_registers<computer_registers(GROUPS, MIN_BLOCKS)>();
         Ring ds_ring = {0};
+        const Turns turn(threadIdx.x / 128);
 #if PERSISTENT
         for (Works works(p); works.left(); works.next())
-            if (works.here()) compute<LISTED>(p, places, works.id(), keys, ring, ds_ring);
+            if (works.here()) compute<LISTED>(p, places, works.id(), keys, ring, ds_ring, turn);
 #else
-        compute<LISTED>(p, places, blockIdx.x, keys, ring, ds_ring);
+        compute<LISTED>(p, places, blockIdx.x, keys, ring, ds_ring, turn);
+#endif
+#if SUMS == 2
+        if (threadIdx.x % 32 == 0) await_bulk_reads();
 #endif
         return;
     }
