@@ -2,7 +2,8 @@
 //
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
 //   WARPS (computing, four a group), KEY_TILE (keys a stage), STAGES, MIN_BLOCKS,
-//   SHARED_OPERANDS (1: queries in shared memory instead of registers).
+//   SHARED_OPERANDS (1: queries in shared memory instead of registers), DRAW_EARLY (1: the dropout mask is drawn while a tile's
+//   products run, 0: when its weights are there).
 //
 // The last warpgroup copies tiles of keys and values; each of the others owns 64 queries and runs through them:
 //     S = Q K^T (Q from registers, K rows outside)    P = exp2(S c - reference)    O += P V (P from registers, V rows inside)
@@ -20,9 +21,9 @@
 // that meets its next stage soon keeps to the order above, and else is done with O += P V before it goes to look for it.
 #define ROW_TILES 1
 #define BLOCKS (KEY_TILE / 8)
-#include "common/philox.cuh"
 #include "common/warpgroups.cuh"
 #include "common/softmax.cuh"
+#include "common/forward_dropout.cuh"
 
 #define GROUPS (WARPS / 4)
 #define ROWS (WARPS * 16)
@@ -262,19 +263,6 @@ __device__ __forceinline__ void begin(Scores& s, Weights& weights, float (&sums)
     settle(s, weights, sums, rows, p, row, column, k_len, offset);
 }
 
-__device__ __forceinline__ void drop(Weights& weights, const Params& p, const Philox& philox, int row, int column) {
-#pragma unroll
-    for (int n = 0; n < BLOCKS; n += 4) {
-        u32 keep[4];
-        keep_bits(keep, p, philox, row >> 4, (column >> 5) + n / 4);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            weights[0][n + j][0] &= pair_mask<0>(keep[j]);
-            weights[0][n + j][1] &= pair_mask<1>(keep[j]);
-        }
-    }
-}
-
 template <bool LISTED>
 __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ring& ring, const Turn<TURNS ? GROUPS : 1>& turn,
                                        Queries& q, Works works) {
@@ -292,6 +280,7 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
     for (int i = 0; i < 2; ++i) rows.reference[0][i] = -INFINITE, rows.sum[0][i] = 0.f;
 #if DROPOUT
     const Philox philox = start_philox(p, w);
+    Mask keep;
 #endif
     Seeker seeker = {false, false};
     if (LISTED ? !seeker.find(stages, ring, turn, 0x7fffffff, unmasked) : num_tiles == 0) {
@@ -316,7 +305,8 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
         begin(s, weights, sums, rows, q, stages.keys(ring.slot()), p, first_row, first_column, whole, w.k_len, w.offset);
         rows.sum[0][0] += sums[0][0], rows.sum[0][1] += sums[0][1];
 #if DROPOUT
-        drop(weights, p, philox, first_row, first_column);
+        draw(keep, p, philox, first_row, first_column);
+        drop(weights, keep);
 #endif
         u32 before = ring.slot();  // of the tile whose values are still to be multiplied
         ring.next<STAGES>();
@@ -333,6 +323,10 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
             multiply_values(rows, weights, stages.keys(before) + TILE_BYTES);
             close_products();
             turn.pass();
+#if DROPOUT && DRAW_EARLY
+            // While the products run; eight words more to hold.
+            draw(keep, p, philox, first_row, LISTED ? Seeker::column(stages, ring) : next);
+#endif
             wait_products<1>();
             bool careful = LISTED ? seeker.careful : next + KEY_TILE > unmasked;
             if (!careful) {
@@ -346,7 +340,8 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
             else round_weights(weights, s);
             rows.sum[0][0] += sums[0][0], rows.sum[0][1] += sums[0][1];
 #if DROPOUT
-            drop(weights, p, philox, first_row, LISTED ? Seeker::column(stages, ring) : next);
+            if (!DRAW_EARLY) draw(keep, p, philox, first_row, LISTED ? Seeker::column(stages, ring) : next);
+            drop(weights, keep);
 #endif
             before = ring.slot();
             ring.next<STAGES>();
