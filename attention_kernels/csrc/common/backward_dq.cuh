@@ -80,7 +80,7 @@ __device__ __forceinline__ void add_dq(const Places& places, const Ring& ds, u32
 #pragma unroll
     for (int pass = 0; pass < (SPLIT ? 1 : HEAD_DIM / DQ_COLUMNS); ++pass) {
         const int column = first_column + pass * DQ_COLUMNS;
-        const u32 panel = k_place + place_of(column / PANEL * (KEYS * PANEL_ROW));
+        const u32 offset = column / PANEL * (KEYS * PANEL_ROW), panel = k_place + (SPLIT ? place_of(offset) : offset / 16);
         DqSums dq;
         if (LISTED) {
 #pragma unroll
