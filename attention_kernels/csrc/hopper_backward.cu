@@ -3,7 +3,9 @@
 //
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
 //   WARPS (computing, four a group), TEAMS, STAGES (of 64 queries), DS_SLOTS, PERSISTENT, MIN_BLOCKS,
-//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory).
+//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory), SUMS (backward_dq.cuh),
+//   AHEAD (1: S^T of a tile is queued behind dV and dK of the one before), PAIRS (1: two warps share their draws of the
+//   dropout mask). The block-sparse kernel goes without the last two.
 //
 // The last warpgroup copies tiles of q, dO and the row statistics; each of the others owns 64 keys:
 //
@@ -12,10 +14,12 @@
 //
 // dQ = dS K runs over the keys of all groups. They lay dS^T into a slot of shared memory; one group, another for each
 // tile in turn, multiplies the whole slot with K during its next tile, when the others have long written theirs, and adds
-// 64 rows to the float32 buffer whose order of columns generic_backward_keys.cu describes.
+// 64 rows to the float32 sums.
 //
 // Block-sparse, a stage holds queries that some groups' lists name: the others pass it by, and dQ is multiplied from the
 // keys of those that took part.
+#include "common/backward_dq.cuh"
+#include "common/backward_dropout.cuh"
 #include "common/backward_scores.cuh"
 
 // Lays this warp's dS^T into the slot: key rows of 8 chunks, chunk c at place c ^ (key % 8): the 128-byte swizzle.
@@ -26,53 +30,6 @@ __device__ __forceinline__ void write_ds(u32 slot, const Fragments& ds, int warp
         const u32 place = slot + key * DS_ROW + ((2 * step + (lane >> 4) ^ (key & 7)) << 4);
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(ds[step][0]),
                      "r"(ds[step][1]), "r"(ds[step][2]), "r"(ds[step][3]) : "memory");
-    }
-}
-
-__device__ __forceinline__ void add4(float* to, float a, float b, float c, float d) {
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-
-// dQ of 64 queries from the keys of all groups, or LISTED of those whose bits stand in `who`, by one group. Products that it
-// has queued before end here too; then it hands `stage` back, which they read, unless it is 0.
-template <bool LISTED>
-__device__ __forceinline__ void add_dq(const Places& places, const Ring& ds, u32 keys, const Params& p, float* sums, int q_len, int first_query,
-                                       u32 who, u32 stage = 0) {
-    const u32 ds_place = place_of(places.ds(ds.slot())), k_place = place_of(keys);
-    await(places.ds_filled(ds.slot()), ds.filled());
-    Sums dq;
-    if (LISTED) {
-#pragma unroll
-        for (int d = 0; d < HEAD_DIM / 8; ++d)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) dq[d][c] = 0.f;
-    } else {
-        open_products();
-    }
-#pragma unroll
-    for (int from = 0; from < KEYS; from += 64) {
-        if (LISTED) {
-            if (!(who >> from / 64 & 1)) continue;
-            open_products();
-        }
-#pragma unroll
-        for (int key = from; key < from + 64; key += 16)
-            Product<HEAD_DIM>::shared<true, true>(dq, descriptor(ds_place + key * DS_ROW / 16, 16, 8 * DS_ROW, SWIZZLE_128),
-                                                  rows_inside<KEYS>(k_place, key), LISTED || key > 0);
-        // Why a wait each: products that only some tiles have must not be left running when the ways meet again.
-        if (LISTED) close_products(), wait_products<0>();
-    }
-    if (!LISTED) close_products(), wait_products<0>();
-    arrive_warp(places.ds_emptied(ds.slot()));
-    if (stage != 0) arrive_warp(stage);
-    if (LISTED && (who & ~LAST_STAGE) == 0) return;
-    const int lane = threadIdx.x & 31, row = first_query + ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2);
-    float* to = sums + (i64)row * HEAD_DIM + 4 * (lane & 3);
-#pragma unroll
-    for (int d = 0; d < K_STEPS; ++d) {
-        if (16 * d >= p.head_dim) break;
-        if (row < q_len) add4(to + 16 * d, dq[2 * d][0], dq[2 * d][1], dq[2 * d + 1][0], dq[2 * d + 1][1]);
-        if (row + 8 < q_len) add4(to + 8 * HEAD_DIM + 16 * d, dq[2 * d][2], dq[2 * d][3], dq[2 * d + 1][2], dq[2 * d + 1][3]);
     }
 }
 
@@ -122,13 +79,13 @@ __device__ __forceinline__ void multiply_queries(Sums& sums, const Fragments& a,
 // The part of a group whose 64 keys all lie past the end: dS is 0, and it takes its turns at dQ.
 __device__ __forceinline__ void stand_by(const Params& p, const Places& places, const Work& w, u32 keys, Ring& ring, Ring& ds_ring) {
     const int group = this_group();
-    float* dq_sums = p.dq_sums + stats_at(p, w) * HEAD_DIM;
+    float* dq_sums = sums_of(p, w);
     const Fragments none = {};
     Ring ds_before = ds_ring;
     int adding = GROUPS - 1, row_before = -1;
 #pragma unroll 1
     for (QueryTiles tile(p, w);; tile.next()) {
-        if (row_before >= 0 && adding == group) add_dq<false>(places, ds_before, keys, p, dq_sums, w.q_len, row_before, 0);
+        if (row_before >= 0 && adding == group) add_dq<false>(places, ds_before, keys, dq_sums, row_before, 0);
         if (!tile.left(w)) break;
         row_before = tile.row;
         await(places.filled(ring.slot()), ring.filled());
@@ -160,16 +117,27 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
 #endif
     u32 flags = 0;
 #if DROPOUT
-    if (!LISTED) flags = draw_flags(p, start_philox(p, w), QueryTiles(p, w).row, first_key);
+    if (PAIRS && !LISTED) meet_neighbour();
+    if (!LISTED) flags = find_flags(p, places, w, QueryTiles(p, w).row, first_key);
 #endif
-    float* dq_sums = p.dq_sums + stats_at(p, w) * HEAD_DIM;
+    float* dq_sums = sums_of(p, w);
     Ring ds_before = ds_ring;
     int adding = GROUPS - 1, row_before = -1;  // the group that adds dQ of the tile before, and that tile's first row
     u32 who_before = 0;
+    constexpr bool ahead = AHEAD && !LISTED;
+    static_assert(!ahead || GROUPS > 1, "a group alone queues dQ where S of the next tile would be");
+    Block s;
+    if (ahead && QueryTiles(p, w).left(w)) {
+        await(places.filled(ring.slot()), ring.filled());
+        open_products();
+        multiply_rows(s, place_of(places.queries(ring.slot())), k, place_of(keys_at + group * 64 * PANEL_ROW));
+        close_products();
+        wait_products<0>();
+    }
 
 #pragma unroll 1
     for (QueryTiles tile(p, w); LISTED || tile.left(w); tile.next()) {
-        await(places.filled(ring.slot()), ring.filled());
+        if (!ahead) await(places.filled(ring.slot()), ring.filled());
         const Step step = LISTED ? read_step(places.step(ring.slot())) : Step{tile.row, 0};
         const int row = step.row;
         if (LISTED && !(step.who >> group & 1)) {
@@ -182,20 +150,22 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
             await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
             arrive_warp(places.ds_filled(ds_ring.slot()));
         } else {
-            Block s, dp;
+            Block dp;
             Fragments weights, ds;
             const u32 tile_place = place_of(places.queries(ring.slot())), rows_place = place_of(keys_at + group * 64 * PANEL_ROW);
 #if DROPOUT
             if (LISTED) flags = draw_flags(p, start_philox(p, w), row, first_key);
 #endif
-            open_products();
-            multiply_rows(s, tile_place, k, rows_place);
-            close_products();
+            if (!ahead) {
+                open_products();
+                multiply_rows(s, tile_place, k, rows_place);
+                close_products();
+            }
             open_products();
             multiply_rows(dp, tile_place + TILE_BYTES / 16, v, rows_place + KEYS_BYTES / 16);
             close_products();
             const RowPairs lse(places.stats(ring.slot()));
-            wait_products<1>();
+            if (!ahead) wait_products<1>();
             exponentiate(s, lse, p.scale_log2);
             if ((p.causal && row + w.offset < group_key + 63) || group_key + 64 > w.k_len) hide(s, p, w, first_key, row);
             const RowPairs d(places.stats(ring.slot()) + QUERY_TILE * 4);
@@ -209,23 +179,34 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
             multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
             multiply_queries(keys.dk, ds, tile_place);
             close_products();
+            if (ahead) {
+                // Behind the last tile too, from whatever lies there: products in a branch would have to be waited for in it.
+                Ring next = ring;
+                next.next<STAGES>();
+                if (row + QUERY_TILE < w.q_len) await(places.filled(next.slot()), next.filled());
+                open_products();
+                multiply_rows(s, place_of(places.queries(next.slot())), k, rows_place);
+                close_products();
+            }
 #if DROPOUT
             // For the next tile, while the products run: now there are registers to spare.
-            if (!LISTED) flags = draw_flags(p, start_philox(p, w), row + QUERY_TILE, first_key);
+            if (!LISTED) flags = find_flags(p, places, w, row + QUERY_TILE, first_key);
 #endif
             // Alone, a group needs wait for no other: dQ of this very tile runs beside the others.
             if (GROUPS == 1) {
-                add_dq<false>(places, ds_ring, keys_at, p, dq_sums, w.q_len, row, 0, places.emptied(ring.slot()));
+                add_dq<false>(places, ds_ring, keys_at, dq_sums, row, 0, places.emptied(ring.slot()));
                 ring.next<STAGES>();
                 ds_ring.next<DS_SLOTS>();
                 if (LISTED && step.who & LAST_STAGE) break;
                 continue;
             }
-            wait_products<0>();
+            if (ahead) wait_products<1>();
+            else wait_products<0>();
             arrive_warp(places.emptied(ring.slot()));
+            if (ahead) wait_products<0>();
         }
         // By now all groups have written dS of the tile before.
-        if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before, who_before);
+        if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, dq_sums, row_before, who_before);
         row_before = row;
         who_before = step.who;
         adding = adding + 1 == GROUPS ? 0 : adding + 1;
@@ -234,7 +215,7 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
         ds_ring.next<DS_SLOTS>();
         if (LISTED && step.who & LAST_STAGE) break;
     }
-    if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before, who_before);
+    if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, dq_sums, row_before, who_before);
     // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
     asm volatile("" : "+r"(id));
     const Work end = find_work(p, id, false);
@@ -299,6 +280,7 @@ __device__ __forceinline__ void run(const Params& p) {
         const Works works;
         if (TEAMS == 1 || works.left(p)) compute<LISTED>(p, places, works.id, keys, ring, ds_ring);
 #endif
+        finish_sums();
         return;
     }
     give_registers<copier_registers(WARPS / 4, MIN_BLOCKS)>();

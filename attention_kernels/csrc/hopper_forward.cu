@@ -20,9 +20,9 @@
 // that meets its next stage soon keeps to the order above, and else is done with O += P V before it goes to look for it.
 #define ROW_TILES 1
 #define BLOCKS (KEY_TILE / 8)
-#include "common/philox.cuh"
 #include "common/forward_stages.cuh"
 #include "common/softmax.cuh"
+#include "common/forward_dropout.cuh"
 
 struct Queries {
 #if SHARED_OPERANDS
@@ -140,9 +140,14 @@ __device__ __forceinline__ void round_weights(Weights& weights, const Scores& s)
         for (int i = 0; i < 2; ++i) weights[0][n][i] = pack(s[0][n][2 * i], s[0][n][2 * i + 1]);
 }
 
+__device__ __forceinline__ int first_row_of(const Work& w) { return w.tile * ROWS + this_warp() * 16; }
+
+// The work of number `id`, which is `w`. Teams have few registers: what only the careful way wants is found anew.
+__device__ __forceinline__ Work again(const Params& p, const Work& w, u32 id) { return TEAMS > 1 ? find_work(p, afresh(id), p.causal) : w; }
+
 // A tile before which no other is at work. For a row's first, the largest of 8 scores will nearly always do as its reference.
 __device__ __forceinline__ void begin(Scores& s, Weights& weights, float (&sums)[1][2], Rows& rows, const Queries& q, u32 k_tile,
-                                      const Params& p, int row, int column, bool whole, int k_len, int offset) {
+                                      const Params& p, int column, bool whole, const Work& w, u32 id) {
     if (whole) {
         float before[2];
 #pragma unroll
@@ -155,20 +160,8 @@ __device__ __forceinline__ void begin(Scores& s, Weights& weights, float (&sums)
         multiply_keys_again(s, q, k_tile);
         rows.reference[0][0] = before[0], rows.reference[0][1] = before[1];
     }
-    settle(s, weights, sums, rows, p, row, column, k_len, offset);
-}
-
-__device__ __forceinline__ void drop(Weights& weights, const Params& p, const Philox& philox, int row, int column) {
-#pragma unroll
-    for (int n = 0; n < BLOCKS; n += 4) {
-        u32 keep[4];
-        keep_bits(keep, p, philox, row >> 4, (column >> 5) + n / 4);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            weights[0][n + j][0] &= pair_mask<0>(keep[j]);
-            weights[0][n + j][1] &= pair_mask<1>(keep[j]);
-        }
-    }
+    const Work here = again(p, w, id);
+    settle(s, weights, sums, rows, p, first_row_of(here), column, here.k_len, here.offset);
 }
 
 template <bool LISTED>
@@ -188,6 +181,7 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
     for (int i = 0; i < 2; ++i) rows.reference[0][i] = -INFINITE, rows.sum[0][i] = 0.f;
 #if DROPOUT
     const Philox philox = start_philox(p, w);
+    Mask keep;
 #endif
     Seeker seeker = {false, false};
     if (LISTED ? !seeker.find(stages, ring, turn, 0x7fffffff, unmasked) : num_tiles == 0) {
@@ -209,10 +203,11 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
         wait_products<0>();
         const bool whole = LISTED ? !seeker.careful : KEY_TILE <= unmasked;
         const int first_column = LISTED ? Seeker::column(stages, ring) : 0;
-        begin(s, weights, sums, rows, q, stages.keys(ring.slot()), p, first_row, first_column, whole, w.k_len, w.offset);
+        begin(s, weights, sums, rows, q, stages.keys(ring.slot()), p, first_column, whole, w, works.id);
         rows.sum[0][0] += sums[0][0], rows.sum[0][1] += sums[0][1];
 #if DROPOUT
-        drop(weights, p, philox, first_row, first_column);
+        draw(keep, p, philox, first_row, first_column);
+        drop(weights, keep);
 #endif
         u32 before = ring.slot();  // of the tile whose values are still to be multiplied
         ring.next<STAGES>();
@@ -229,6 +224,10 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
             multiply_values(rows, weights, stages.keys(before) + TILE_BYTES);
             close_products();
             turn.pass();
+#if DROPOUT
+            // While the products run.
+            draw(keep, p, philox, first_row, LISTED ? Seeker::column(stages, ring) : next);
+#endif
             wait_products<1>();
             bool careful = LISTED ? seeker.careful : next + KEY_TILE > unmasked;
             if (!careful) {
@@ -238,11 +237,15 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
             wait_products<0>();
             arrive_warp(stages.emptied(before));
             // Only now may the weights change: until here the products read them.
-            if (careful) settle(s, weights, sums, rows, p, first_row, LISTED ? Seeker::column(stages, ring) : next, w.k_len, w.offset);
-            else round_weights(weights, s);
+            if (careful) {
+                const Work here = again(p, w, works.id);
+                settle(s, weights, sums, rows, p, first_row_of(here), LISTED ? Seeker::column(stages, ring) : next, here.k_len, here.offset);
+            } else {
+                round_weights(weights, s);
+            }
             rows.sum[0][0] += sums[0][0], rows.sum[0][1] += sums[0][1];
 #if DROPOUT
-            drop(weights, p, philox, first_row, LISTED ? Seeker::column(stages, ring) : next);
+            drop(weights, keep);
 #endif
             before = ring.slot();
             ring.next<STAGES>();

@@ -19,26 +19,6 @@ __device__ __forceinline__ void hide(Block& s, const Params& p, const Work& w, i
     }
 }
 
-// The dropout mask of this lane's 32 elements in one register. Flag 2 step + half of byte 2 h + e is that of s[n][2 h + e] for
-// n = 2 step + half: shifted to the top of its byte, it spreads as in philox.cuh.
-__device__ __forceinline__ u32 draw_flags(const Params& p, Philox philox, int row, int first_key) {
-    u32 flags = 0;
-    // Why: the compiler would keep what it can compute of these, fourteen round keys to begin with, through the whole loop.
-    asm volatile("" : "+r"(philox.key0), "+r"(philox.key1), "+r"(philox.sample), "+r"(philox.head));
-#pragma unroll 2
-    for (int step = 0; step < QUERY_TILE / 16; ++step) {
-        u32 keep[4];
-        keep_bits(keep, p, philox, (row >> 4) + step, first_key >> 5);
-        // This warp's 16 keys are half of the 32 that are drawn together; keys x queries is the other way round.
-        const u32 upper = first_key & 16, keys0 = upper ? keep[2] : keep[0], keys1 = upper ? keep[3] : keep[1];
-        const u32 first[2] = {transpose8x8(pair_mask<0>(keys0)), transpose8x8(pair_mask<0>(keys1))};
-        const u32 second[2] = {transpose8x8(pair_mask<1>(keys0)), transpose8x8(pair_mask<1>(keys1))};
-        flags |= __byte_perm(first[0], first[1], 0x6420) & 0x01010101u << 2 * step;
-        flags |= __byte_perm(second[0], second[1], 0x6420) & 0x01010101u << 2 * step + 1;
-    }
-    return flags;
-}
-
 // One statistic of the queries that this lane sees in blocks n and n + 1 of 8: 2t and 2t + 1 of each.
 __device__ __forceinline__ float4 load_pairs(u32 from, int n) {
     float4 x;

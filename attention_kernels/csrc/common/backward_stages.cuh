@@ -13,11 +13,13 @@
 // shared memory, which the wider heads want elsewhere: there a block does one piece, and so many blocks are launched.
 #define KEY_SLOTS (1 + PERSISTENT)
 // Shared memory of a team: KEY_SLOTS x (K, V) | STAGES x (q, dO) | DS_SLOTS x dS^T (KEYS rows of 64 queries) | STAGES x statistics |
-// barriers | STAGES x step
+// dQ of a tile a group (SUMS 2) | two halfwords of flags a lane (PAIRS) | barriers | STAGES x step
 #define TILES_AT (KEY_SLOTS * 2 * KEYS_BYTES)
 #define DS_AT (TILES_AT + STAGES * 2 * TILE_BYTES)
 #define STATS_AT (DS_AT + DS_SLOTS * KEYS * DS_ROW)
-#define BARRIERS_AT (STATS_AT + STAGES * QUERY_TILE * 8)
+#define DQ_AT (STATS_AT + STAGES * QUERY_TILE * 8)
+#define FLAGS_AT (DQ_AT + (SUMS == 2) * KEYS * HEAD_DIM * 4)
+#define BARRIERS_AT (FLAGS_AT + PAIRS * GROUPS * 128 * 4)
 #define TEAM_BYTES ((BARRIERS_AT + STAGES * 24 + (DS_SLOTS + KEY_SLOTS) * 16 + 1023) / 1024 * 1024)
 
 typedef float Block[QUERY_TILE / 8][4];    // 64 keys x 64 queries a group
@@ -30,6 +32,8 @@ struct Places {
     __device__ __forceinline__ u32 queries(u32 slot) const { return shared + TILES_AT + slot * 2 * TILE_BYTES; }
     __device__ __forceinline__ u32 ds(u32 slot) const { return shared + DS_AT + slot * KEYS * DS_ROW; }
     __device__ __forceinline__ u32 stats(u32 slot) const { return shared + STATS_AT + slot * QUERY_TILE * 8; }
+    __device__ __forceinline__ u32 dq(u32 warp) const { return shared + DQ_AT + warp * 16 * HEAD_DIM * 4; }
+    __device__ __forceinline__ u32 flags(u32 round, u32 warp) const { return shared + FLAGS_AT + (round * GROUPS * 4 + warp) * 64; }
     __device__ __forceinline__ u32 filled(u32 slot) const { return shared + BARRIERS_AT + slot * 8; }
     __device__ __forceinline__ u32 emptied(u32 slot) const { return shared + BARRIERS_AT + (STAGES + slot) * 8; }
     __device__ __forceinline__ u32 ds_filled(u32 slot) const { return shared + BARRIERS_AT + (2 * STAGES + slot) * 8; }

@@ -24,7 +24,7 @@ struct Params {
     float* lse;          // (B, H, Lq) or (H, Tq)
     const float* dlse;   // same shape, or null
     float2* stats;       // same shape: (lse in base 2, rowsum(dO * O) - dlse)
-    float* dq_sums;      // same shape x HEAD_DIM, zeros at first: columns in the order of generic_backward_keys.cu
+    float* dq_sums;      // rows as generic_backward_keys.cu lays them, zeros at first, or the tiles of dq_tiles.cuh
     const int *cu_q, *cu_k, *key_lengths;  // null where the batch is not packed / has no lengths
     const u64* seed;     // two words, null without dropout
     // Block-sparse, else null: see walk.cuh. Kernels over keys get the layout's columns in the place of its rows.
