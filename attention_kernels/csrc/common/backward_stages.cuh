@@ -1,7 +1,7 @@
 // The stages of the Hopper backward: what lies where in shared memory, which queries a piece of work goes through, and the
 // copies that fill the stages. hopper_backward.cu includes this and reads them.
 #pragma once
-#define TEAM_COPIER_REGISTERS (WARPS < 12 ? 56 : 32)
+#define TEAM_COPIER_REGISTERS (WARPS < 12 || !DROPOUT ? 56 : 32)
 #include "warpgroups.cuh"
 
 #define KEYS (GROUPS * 64)

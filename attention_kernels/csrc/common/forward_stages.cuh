@@ -1,7 +1,7 @@
 // The stages of the Hopper forward: what lies where in shared memory, the copies that fill the stages, and how a group finds
 // its own among them. hopper_forward.cu includes this and reads them.
 #pragma once
-#define TEAM_COPIER_REGISTERS (WARPS < 16 ? 56 : 32)
+#define TEAM_COPIER_REGISTERS (WARPS < 16 || TEAMS > 2 ? 56 : 32)
 #include "warpgroups.cuh"
 
 #define ROWS (GROUPS * 64)
