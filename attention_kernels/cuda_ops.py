@@ -387,13 +387,13 @@ class _Call:
             pointers, entries = self.columns if over_keys else self.rows
             self.place(row_ptr=pointers, col_idx=entries)
         self.fields[_TILES] = tiles
-        launcher.launch(chosen, self.index, blocks, self.fields)
+        overlap = kernel in ("backward", "postprocess") and self.plan("backward").persistent
+        launcher.launch(chosen, self.index, blocks, self.fields, overlap)
 
     def _row_blocks(self, chosen: Plan) -> int:
         """Blocks of the kernels that have a few lanes for each row."""
-        lanes = chosen.width // 4
+        lanes = 1 if chosen.kernel == "preprocess" else chosen.width // 4
         if chosen.kernel == "preprocess":
-            lanes = 1
             while lanes * 8 < self.head_dim:
                 lanes *= 2
         return -(-self.total_q * self.heads * lanes // chosen.threads)

@@ -3,10 +3,12 @@
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DWARPS=8 -DTILED={0,1}: 0 rows as generic_backward_keys.cu lays them,
 // 1 tiles (dq_tiles.cuh).
 #include "common/dq_tiles.cuh"
+#include "common/overlap.cuh"
 #include "common/tiles.cuh"
 
 #if !TILED
 extern "C" __global__ void __launch_bounds__(THREADS) attention_postprocess(const __grid_constant__ Params p) {
+    await_predecessor();
     const i64 index = (i64)blockIdx.x * THREADS + threadIdx.x;
     const i64 place = index / (HEAD_DIM / 4);  // in the order of lse
     if (place >= p.total_q * p.heads) return;
@@ -24,6 +26,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_postprocess(cons
 #else
 // A block has one tile of 64 queries.
 extern "C" __global__ void __launch_bounds__(THREADS) attention_postprocess(const __grid_constant__ Params p) {
+    await_predecessor();
     const Work w = find_work(p, blockIdx.x, false);
     const int lane = threadIdx.x & 31;
     u16* dq = at(p.dq, p.dq_strides, w, w.q_start);

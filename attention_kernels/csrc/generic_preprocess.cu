@@ -4,6 +4,7 @@
 // Build: -DDTYPE_BF16={0,1} -DWARPS=8 -DHEAD_DIM=128 (an upper bound; the width itself is a run-time number).
 // Eight elements a lane; as many neighbouring lanes as a row needs, rounded up to a power of two, share a row.
 #include "common/dq_tiles.cuh"
+#include "common/overlap.cuh"
 #include "common/tiles.cuh"
 
 __device__ __forceinline__ void zero_sums(const Params& p) {
@@ -14,6 +15,7 @@ __device__ __forceinline__ void zero_sums(const Params& p) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention_preprocess(const __grid_constant__ Params p) {
+    let_successor_start();
     if (p.dq_sums != nullptr) zero_sums(p);
     int lanes = 1;
     while (lanes * 8 < p.head_dim) lanes *= 2;

@@ -271,10 +271,14 @@ __device__ __forceinline__ void run(const Params& p) {
     }
     __syncthreads();
     Ring keys = {0}, ring = {0};
+#if PERSISTENT
+    let_successor_start();
+#endif
     if (threadIdx.x < THREADS) {
         take_registers<computer_registers(WARPS / 4, MIN_BLOCKS)>();
         Ring ds_ring = {0};
 #if PERSISTENT
+        await_predecessor();
         for (Works works; works.left(p); works.next()) compute<LISTED>(p, places, works.id, keys, ring, ds_ring);
 #else
         const Works works;

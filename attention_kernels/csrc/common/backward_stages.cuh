@@ -2,6 +2,7 @@
 // copies that fill the stages. hopper_backward.cu includes this and reads them.
 #pragma once
 #define TEAM_COPIER_REGISTERS (WARPS < 12 || !DROPOUT ? 56 : 32)
+#include "overlap.cuh"
 #include "warpgroups.cuh"
 
 #define KEYS (GROUPS * 64)
@@ -113,7 +114,10 @@ __device__ __forceinline__ void copy_work(const Params& p, const Places& places,
             ring.next<STAGES>();
         } while (!last);
     } else {
-        const Sources sources(p, w);
+    #if PERSISTENT
+    await_predecessor();  // the statistics are preprocess's, k and v of the caller
+#endif
+    const Sources sources(p, w);
         for (QueryTiles tile(p, w); tile.left(w); tile.next()) {
             announcer.await_empty(places.emptied(ring.slot()), ring.emptied());
             sources.copy(p, places, w, ring.slot(), tile.row);
