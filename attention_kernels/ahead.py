@@ -29,15 +29,15 @@ def build_ahead(
         return []
     arch = compiler.architecture(torch.cuda.get_device_capability(q.device))
     threads = []
-    for one in plans_of(q, dropout, deterministic, layout is not None):
+    for one in plans_of(q, dropout, deterministic, 0 if layout is None else layout.block_size):
         thread = threading.Thread(target=_build, args=(one, arch), name=f"build {one.name}", daemon=True)
         thread.start()
         threads.append(thread)
     return threads
 
 
-def plans_of(q: Tensor, dropout: bool, deterministic: bool, sparse: bool) -> list[Plan]:
-    """Return the kernels that cuda_ops.py launches for calls like q, each once."""
+def plans_of(q: Tensor, dropout: bool, deterministic: bool, sparse: int) -> list[Plan]:
+    """Return the kernels that cuda_ops.py launches for calls like q, each once; `sparse`: a layout's blocks, or 0."""
     index = torch.cuda.current_device() if q.device.index is None else q.device.index
     hopper = launcher.is_hopper(index) and families.asked() != "generic"
 

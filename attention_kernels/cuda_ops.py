@@ -187,21 +187,27 @@ def _backward(
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
     call.place(q=q, k=k, v=v, out=out, dout=dout, lse=lse, dlse=dlse, stats=stats, dk=dk, dv=dv)
     rows = stats.numel() > 0
+    by_atomics = rows and dk.numel() > 0 and not deterministic and call.fits("backward")
+    in_tiles = by_atomics and call.plan("backward").hopper
+    if in_tiles:
+        sums = _empty((call.size_of_tiles(),), torch.float32, q.device)
+        call.place(dq_sums=sums)  # preprocess zeros them
     if rows:
         call.launch("preprocess", 0)
-    if deterministic or not rows or not dk.numel() or not call.fits("backward"):
+    if not by_atomics:
         dq = _empty(q.shape, q.dtype, q.device)
         if rows:
             call.launch("backward_queries", call.max_q, dq=dq)
         if dk.numel():
             call.launch("backward_keys", call.max_k)
     else:
-        sums = torch.zeros((*call.lse_shape, width_of(q.shape[-1])), dtype=torch.float32, device=q.device)
+        if not in_tiles:
+            sums = torch.zeros((*call.lse_shape, width_of(q.shape[-1])), dtype=torch.float32, device=q.device)
         call.launch("backward", call.max_k, dq_sums=sums)
         # Why only now: the statistics are done with, and dq may lie where they were.
         del stats
         dq = _empty(q.shape, q.dtype, q.device)
-        call.launch("postprocess", 0, dq=dq)
+        call.launch("postprocess", call.max_q, dq=dq)
     return _narrow(dq, head_dim), _narrow(dk, head_dim), _narrow(dv, head_dim)
 
 
@@ -259,7 +265,7 @@ class _Call:
         self.dtype, self.heads = _DTYPES[q.dtype], shape[-2]
         self.head_dim = -(-shape[-1] // 8) * 8  # as `readable` makes it
         self.fields = _NOTHING.copy()
-        self.dropout = self.sparse = False
+        self.dropout, self.sparse = False, 0  # the layout's block size
         self.packed = cu_q is not None and cu_k is not None
         lengths = (0, 0)
         if cu_q is not None and cu_k is not None:
@@ -324,7 +330,7 @@ class _Call:
         # One entry serves all heads.
         self.fields[_NUMBERS + 4] = 0 if head_to_pattern.shape[0] == 1 else 1
         self.fields[_RULE + 1], self.fields[_RULE + 2] = num_blocks, block_size
-        self.sparse = True
+        self.sparse = block_size
 
     def place(self, **tensors: Tensor | None) -> None:
         """Name the tensors, as struct Params does, that the launches from now on read or write."""
@@ -351,6 +357,11 @@ class _Call:
         """Return whether the device has the shared memory that a kernel's tiles want (8.6 and 8.9 have 99 KB)."""
         return launcher.fits(self.plan(kernel), self.index)
 
+    def size_of_tiles(self) -> int:
+        """Return how many numbers dQ's sums are as tiles of 64 rows (csrc/common/dq_tiles.cuh)."""
+        a_head = self.total_q // 64 + self.batch + 1 if self.packed else -(-self.max_q // 64) * self.batch
+        return a_head * self.heads * 64 * width_of(self.head_dim)
+
     def launch(self, kernel: Kernel, longest: int, **tensors: Tensor | None) -> None:
         """Launch a kernel over every tile of `longest` rows, every head and every sequence.
 
@@ -359,11 +370,12 @@ class _Call:
         self.place(**tensors)
         chosen = self.plan(kernel)
         tiles = max(1, -(-longest // chosen.rows))
-        if kernel == "preprocess" or kernel == "postprocess":
+        if kernel == "preprocess" or (kernel == "postprocess" and not chosen.tiled):
             blocks = self._row_blocks(chosen)
         else:
             # Packed: one sequence more, the rows after the last one.
             blocks = tiles * self.heads * (self.batch + self.packed)
+            blocks = -(-blocks // chosen.tiles.teams)
         if blocks > _MAX_BLOCKS:
             raise ValueError(
                 f"q is too large for one launch: {blocks} tiles of {chosen.rows} rows, at most {_MAX_BLOCKS}."
@@ -375,13 +387,13 @@ class _Call:
             pointers, entries = self.columns if over_keys else self.rows
             self.place(row_ptr=pointers, col_idx=entries)
         self.fields[_TILES] = tiles
-        launcher.launch(chosen, self.index, blocks, self.fields)
+        overlap = kernel in ("backward", "postprocess") and self.plan("backward").persistent
+        launcher.launch(chosen, self.index, blocks, self.fields, overlap)
 
     def _row_blocks(self, chosen: Plan) -> int:
         """Blocks of the kernels that have a few lanes for each row."""
-        lanes = chosen.width // 4
+        lanes = 1 if chosen.kernel == "preprocess" else chosen.width // 4
         if chosen.kernel == "preprocess":
-            lanes = 1
             while lanes * 8 < self.head_dim:
                 lanes *= 2
         return -(-self.total_q * self.heads * lanes // chosen.threads)

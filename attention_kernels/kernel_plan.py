@@ -41,6 +41,11 @@ class Tiles:
     ds_slots: int = 0  # Hopper backward: tiles of dS at a time
     turns: int = 0  # Hopper forward: 1 lets the warpgroups take turns at queueing products
     persistent: int = 1  # Hopper: 1 launches as many blocks as run at a time, 0 one for each piece of work
+    teams: int = 1  # Hopper: into how many the computing warps of a block fall, each with pieces of work of its own
+    # Hopper backward: dQ goes to its sums by additions of the lanes (1) or by bulk reductions (2).
+    sums: int = 0
+    ahead: int = 0  # Hopper backward: 1 queues S of a tile behind dV and dK of the one before
+    pairs: int = 0  # Hopper backward with dropout: 1 lets two warps share their draws of the mask
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Plan:
     dropout: bool
     tiles: Tiles
     sparse: bool = False  # the block-sparse kernel, of the same build where the tiles are the dense kernel's
+    tiled: bool = False  # postprocess: the sums are the Hopper backward's tiles, not rows
 
     @property
     def source(self) -> str:
@@ -71,8 +77,10 @@ class Plan:
         """Macros of the build."""
         t = self.tiles
         named = {"HEAD_DIM": self.width, "DTYPE_BF16": int(self.dtype == "bfloat16"), "WARPS": t.warps}
-        if self.kernel in ("preprocess", "postprocess"):
+        if self.kernel == "preprocess":
             return named
+        if self.kernel == "postprocess":
+            return named | {"TILED": int(self.tiled)}
         named |= {
             "DROPOUT": int(self.dropout),
             "ROW_TILES": t.row_tiles,
@@ -80,9 +88,10 @@ class Plan:
             "MIN_BLOCKS": t.min_blocks,
         }
         if self.hopper:
-            named |= {"SHARED_OPERANDS": t.shared_operands, **self._kernels_of_build}
+            named |= {"TEAMS": t.teams, "SHARED_OPERANDS": t.shared_operands, **self._kernels_of_build}
             if self.kernel == "hopper_backward":
-                return named | {"DS_SLOTS": t.ds_slots, "PERSISTENT": t.persistent}
+                named |= {"DS_SLOTS": t.ds_slots, "PERSISTENT": t.persistent}
+                return named | {"SUMS": t.sums, "AHEAD": t.ahead, "PAIRS": t.pairs}
             return named | {"KEY_TILE": t.tile, "TURNS": t.turns}
         if self._over_keys:
             with_dq = int(self.kernel == "backward")
@@ -106,6 +115,11 @@ class Plan:
         return self.kernel.startswith("hopper_")
 
     @property
+    def spills(self) -> int:
+        """Bytes of spills that are known to lie outside the loop of products."""
+        return _COPIERS_SPILL.get((self.tiles, self.dropout), 0) if self.sparse and self.hopper else 0
+
+    @property
     def threads(self) -> int:
         """Threads a block; the Hopper family has four warps more that copy."""
         return 32 * (self.tiles.warps + 4 * self.hopper)
@@ -117,8 +131,10 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Stationary rows (queries, or keys in backward_keys) a block."""
-        return 16 * self.tiles.row_tiles * self.tiles.warps
+        """Stationary rows (queries, or keys in backward_keys) a piece of work: a block's, a team's, a tile of sums."""
+        if self.tiled:
+            return 64
+        return 16 * self.tiles.row_tiles * self.tiles.warps // self.tiles.teams
 
     @property
     def shared_bytes(self) -> int:
@@ -128,11 +144,12 @@ class Plan:
         t = self.tiles
         stage = 2 * t.tile * self.width * 2
         if self.kernel == "hopper_forward":
-            return t.stages * (stage + 24) + t.shared_operands * self.rows * self.width * 2
+            return self._of_teams(t.stages * (stage + 24) + t.shared_operands * self.rows * self.width * 2)
         if self.kernel == "hopper_backward":
             slots = t.ds_slots * (self.rows * t.tile * 2 + 16)
             keys = (1 + t.persistent) * (2 * self.rows * self.width * 2 + 16)
-            return t.stages * (stage + 8 * t.tile + 24) + keys + slots
+            dq = (t.sums == 2) * self.rows * self.width * 4
+            return self._of_teams(t.stages * (stage + 8 * t.tile + 24) + keys + slots + dq + t.pairs * self.rows * 8)
         if not self._over_keys:
             return t.stages * stage
         with_dq = self.kernel == "backward"
@@ -140,11 +157,17 @@ class Plan:
         scores = self.rows * t.tile * 2 if with_dq else 0
         return t.stages * (stage + 8 * t.tile) + operands * self.rows * self.width * 2 + scores
 
+    def _of_teams(self, bytes_each: int) -> int:
+        """Return the shared memory of all teams; where there are several, each begins at a multiple of 1 KB."""
+        teams = self.tiles.teams
+        return bytes_each if teams == 1 else teams * (-(-bytes_each // 1024) * 1024)
+
     @property
     def name(self) -> str:
         """A short name for tables."""
         dropout = ", dropout" if self.dropout else ""
-        return f"{self.kernel} {self.width} {self.dtype}{dropout}{', block-sparse' if self.sparse else ''}"
+        form = ", block-sparse" if self.sparse else ", tiles" if self.tiled else ""
+        return f"{self.kernel} {self.width} {self.dtype}{dropout}{form}"
 
 
 def width_of(head_dim: int) -> int:
@@ -190,8 +213,9 @@ _DROPOUT: dict[tuple[Kernel, int], Tiles] = {
     ("backward_keys", 128): Tiles(4, 1, 32, 16, 2, 2, 2),
     ("hopper_forward", 32): Tiles(12, 1, 64, 64, 4, 1),
     ("hopper_forward", 64): Tiles(12, 1, 64, 64, 4, 1, turns=1),
-    ("hopper_backward", 32): Tiles(12, 1, 64, 0, 3, 1, 1, 2),
-    ("hopper_backward", 64): Tiles(8, 1, 64, 0, 2, 1, 0, 2, persistent=0),
+    ("hopper_backward", 32): Tiles(12, 1, 64, 0, 3, 1, 1, 2, sums=1, pairs=1),
+    ("hopper_backward", 64): Tiles(8, 1, 64, 0, 2, 1, 0, 2, persistent=0, sums=1, ahead=1, pairs=1),
+    ("hopper_backward", 96): Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0, sums=2, pairs=1),
 }
 # The Hopper family: four warps are a group of 64 rows.
 _HOPPER_FORWARD = {
@@ -201,32 +225,46 @@ _HOPPER_FORWARD = {
     128: Tiles(12, 1, 64, 64, 4, 1, 1, turns=1),
 }
 _HOPPER_BACKWARD = {
-    32: Tiles(12, 1, 64, 0, 3, 1, 0, 2),
-    64: Tiles(12, 1, 64, 0, 2, 1, 1, 2, persistent=0),
-    96: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0),
-    128: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0),
+    32: Tiles(12, 1, 64, 0, 4, 1, 0, 2, sums=1),
+    64: Tiles(12, 1, 64, 0, 2, 1, 1, 3, persistent=0, sums=1),
+    96: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0, sums=2),
+    128: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0, sums=2),
 }
-# Block-sparse: a stage is one step of the walk, 64 keys or queries. There are more stages and tiles of dS than in dense
-# kernels, since groups with different lists run apart. The forward at 64 without dropout spills 52 bytes, mostly what
-# counts the pieces of work: once for each piece. By kernel, width and dropout.
+# Block-sparse: a stage is one step of the walk, 64 keys or queries. Where registers and shared memory allow, teams have
+# at most the rows of one block of the layout, so that no group sits out what others want; where groups with different
+# lists share stages, there are more stages and tiles of dS than in dense kernels. By kernel, width and dropout.
 _HOPPER_SPARSE: dict[tuple[Kernel, int, bool], Tiles] = {
-    ("hopper_forward", 32, False): Tiles(16, 1, 64, 64, 8, 1),
-    ("hopper_forward", 32, True): Tiles(12, 1, 64, 64, 8, 1),
-    ("hopper_forward", 64, False): Tiles(16, 1, 64, 64, 6, 1, 1),
-    ("hopper_forward", 64, True): Tiles(12, 1, 64, 64, 6, 1),
+    ("hopper_forward", 32, False): Tiles(16, 1, 64, 64, 8, 1, teams=2),
+    ("hopper_forward", 32, True): Tiles(12, 1, 64, 64, 6, 1, teams=3),
+    ("hopper_forward", 64, False): Tiles(12, 1, 64, 64, 4, 1, teams=3),
+    ("hopper_forward", 64, True): Tiles(12, 1, 64, 64, 4, 1, teams=3),
     ("hopper_forward", 96, False): Tiles(12, 1, 64, 64, 6, 1, 1),
     ("hopper_forward", 96, True): Tiles(12, 1, 64, 64, 6, 1, 1),
     ("hopper_forward", 128, False): Tiles(12, 1, 64, 64, 5, 1, 1),
     ("hopper_forward", 128, True): Tiles(12, 1, 64, 64, 5, 1, 1),
-    ("hopper_backward", 32, False): Tiles(12, 1, 64, 0, 6, 1, 0, 4),
-    ("hopper_backward", 32, True): Tiles(8, 1, 64, 0, 6, 1, 0, 4),
-    ("hopper_backward", 64, False): Tiles(12, 1, 64, 0, 4, 1, 1, 4, persistent=0),
-    ("hopper_backward", 64, True): Tiles(8, 1, 64, 0, 4, 1, 1, 4, persistent=0),
+    ("hopper_backward", 32, False): Tiles(12, 1, 64, 0, 6, 1, 0, 4, sums=1),
+    ("hopper_backward", 32, True): Tiles(8, 1, 64, 0, 6, 1, 0, 4, sums=1),
+    ("hopper_backward", 64, False): Tiles(8, 1, 64, 0, 4, 1, 0, 3, sums=1),
+    ("hopper_backward", 64, True): Tiles(8, 1, 64, 0, 4, 1, 0, 3, sums=1),
     # No room for more: the dense kernels' tiles, and so their builds.
     ("hopper_backward", 96, False): _HOPPER_BACKWARD[96],
-    ("hopper_backward", 96, True): _HOPPER_BACKWARD[96],
+    ("hopper_backward", 96, True): _DROPOUT["hopper_backward", 96],
     ("hopper_backward", 128, False): _HOPPER_BACKWARD[128],
     ("hopper_backward", 128, True): _HOPPER_BACKWARD[128],
+}
+# Where blocks of 64 run on other tiles than blocks of 128: on teams of one group.
+_HOPPER_SPARSE_64: dict[tuple[Kernel, int, bool], Tiles] = {
+    ("hopper_forward", 32, False): Tiles(16, 1, 64, 64, 6, 1, 1, teams=4),
+    ("hopper_backward", 32, False): Tiles(12, 1, 64, 0, 6, 1, 0, 1, persistent=0, teams=3, sums=1),
+    ("hopper_backward", 32, True): Tiles(12, 1, 64, 0, 6, 1, 0, 1, persistent=0, teams=3, sums=1),
+    ("hopper_backward", 64, False): Tiles(8, 1, 64, 0, 5, 1, 0, 1, persistent=0, teams=2, sums=1),
+    ("hopper_backward", 64, True): Tiles(8, 1, 64, 0, 5, 1, 0, 1, persistent=0, teams=2, sums=1),
+}
+# Bytes that the copying warps alone spill, whose time is hidden: seen in the disassembly with NVRTC 13.0. A kernel that
+# spills more has to be looked at again.
+_COPIERS_SPILL = {
+    (_HOPPER_SPARSE["hopper_forward", 32, False], False): 48,
+    (_HOPPER_SPARSE_64["hopper_backward", 32, True], True): 48,
 }
 _TABLES = {"forward": _FORWARD, "backward": _ALL, "backward_keys": _KEYS, "backward_queries": _QUERIES}
 _HOPPER: dict[Kernel, tuple[Kernel, dict[int, Tiles]]] = {
@@ -236,24 +274,27 @@ _HOPPER: dict[Kernel, tuple[Kernel, dict[int, Tiles]]] = {
 
 
 @cache
-def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool = False, sparse: bool = False) -> Plan:
+def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool = False, sparse: int = 0) -> Plan:
     """Return the plan of a call; `dtype` is "float16" or "bfloat16". Raises ValueError for another.
 
-    `hopper` asks for the family for 9.0 where it has the kernel and the width; `sparse` for the block-sparse kernel.
+    `hopper` asks for the family for 9.0 where it has the kernel and the width; `sparse`, a layout's block size, for the
+    block-sparse kernel. Every plan computes layouts of any block size; blocks of 64 may have a faster one of their own.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16 or bfloat16, got {dtype}.")
     if kernel == "preprocess":
         return Plan(kernel, WIDTHS[-1], dtype, False, Tiles(8, 1, 0, 0, 0, 1))
     width = width_of(head_dim)
+    if kernel == "postprocess":
+        return Plan(kernel, width, dtype, False, Tiles(8, 1, 0, 0, 0, 1), tiled=hopper and width in _HOPPER_BACKWARD)
     if hopper and width in _HOPPER.get(kernel, (kernel, {}))[1]:
         kernel = _HOPPER[kernel][0]
-        tiles = _HOPPER_SPARSE[kernel, width, dropout] if sparse else _hopper_tiles(kernel, width, dropout)
-        return Plan(kernel, width, dtype, dropout, tiles, sparse)
-    if kernel == "postprocess":
-        return Plan(kernel, width, dtype, False, Tiles(8, 1, 0, 0, 0, 1))
+        at = (kernel, width, dropout)
+        of_block = _HOPPER_SPARSE_64.get(at, _HOPPER_SPARSE[at]) if sparse == 64 else _HOPPER_SPARSE[at]
+        tiles = of_block if sparse else _hopper_tiles(kernel, width, dropout)
+        return Plan(kernel, width, dtype, dropout, tiles, bool(sparse))
     tiles = _TABLES[kernel][width]
-    return Plan(kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tiles) if dropout else tiles, sparse)
+    return Plan(kernel, width, dtype, dropout, _DROPOUT.get((kernel, width), tiles) if dropout else tiles, bool(sparse))
 
 
 def _hopper_tiles(kernel: Kernel, width: int, dropout: bool) -> Tiles:
@@ -266,6 +307,7 @@ def all_plans() -> list[Plan]:
     """Return every variant that a call can ask for."""
     loops = [plan(k, w, d, drop) for k in _LOOPS for w in WIDTHS for d in DTYPES for drop in (False, True)]
     loops += [plan("postprocess", w, d, False) for w in WIDTHS for d in DTYPES]
+    loops += [plan("postprocess", w, d, False, hopper=True) for w in _HOPPER_BACKWARD for d in DTYPES]
     loops += hopper_plans()
     return loops + [plan("preprocess", 0, dtype, False) for dtype in DTYPES]
 
@@ -275,7 +317,7 @@ def hopper_plans() -> list[Plan]:
     kinds = [(kernel, width) for kernel, (_, table) in _HOPPER.items() for width in table]
     calls = [(k, w, d, drop) for k, w in kinds for d in DTYPES for drop in (False, True)]
     dense = [plan(*call, hopper=True) for call in calls]
-    sparse = [plan(*call, hopper=True, sparse=True) for call in calls]
+    sparse = dict.fromkeys(plan(*call, hopper=True, sparse=block) for call in calls for block in (64, 128))
     return dense + [one for one in sparse if not one.defines["DENSE"]]
 
 
@@ -284,6 +326,7 @@ def cover_plans() -> list[Plan]:
     picked = [plan(k, w, DTYPES[i % 2], i % 3 == 0) for k in _LOOPS for i, w in enumerate(WIDTHS)]
     hopper = [plan(k, w, DTYPES[i % 2], False, hopper=True) for k in _HOPPER for i, w in enumerate(_HOPPER_FORWARD)]
     # With dropout where tiles are block-sparse only: there every variant is free of spills.
-    sparse = [plan(k, w, DTYPES[i], True, hopper=True, sparse=True) for k in _HOPPER for i, w in enumerate((32, 64))]
-    rest = [plan("postprocess", 32, "float16", False), plan("preprocess", 0, "bfloat16", False)]
+    sparse = [plan(k, w, DTYPES[i], True, hopper=True, sparse=128) for k in _HOPPER for i, w in enumerate((32, 64))]
+    rest = [plan("postprocess", 32, "float16", False, tiled) for tiled in (False, True)]
+    rest.append(plan("preprocess", 0, "bfloat16", False))
     return picked + hopper + sparse + rest

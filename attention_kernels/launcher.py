@@ -48,22 +48,37 @@ class _Here(threading.local):
         self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.parameters))
         self.address = ctypes.addressof(self.pointers)
         self.devices: set[int] = set()  # those whose context has been seen current
+        self.config: Any = None
+
+    def overlapping(self, driver: Any, shape: tuple[int, ...], stream: int) -> Any:
+        """Return the configuration of a launch that may begin before the kernel before it has ended."""
+        if self.config is None:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            self.config = driver.CUlaunchConfig()
+            self.config.attrs, self.config.numAttrs = [attribute], 1
+        c = self.config
+        c.gridDimX, c.gridDimY, c.gridDimZ, c.blockDimX, c.blockDimY, c.blockDimZ, c.sharedMemBytes = shape
+        c.hStream = driver.CUstream(stream)
+        return c
 
 
 _here = _Here()
 _ready: dict[tuple[int, int], _Ready] = {}
 
 
-def launch(plan: Plan, index: int, blocks: int, parameters: Sequence[int | float]) -> None:
+def launch(plan: Plan, index: int, blocks: int, parameters: Sequence[int | float], overlap: bool = False) -> None:
     """Launch `blocks` blocks of the plan's kernel on the current stream of CUDA device `index`; builds it if need be.
 
-    `parameters` are the fields of struct Params (csrc/common/types.cuh).
+    `parameters` are the fields of struct Params (csrc/common/types.cuh). `overlap` lets it begin before the kernel before
+    it has ended (programmatic dependent launch, from 9.0 on); both must be written for that (csrc/common/overlap.cuh).
     """
     if blocks == 0:
         return
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return launch(plan, index, blocks, parameters)
+            return launch(plan, index, blocks, parameters, overlap)
     driver, here = _driver(), _here
     if index not in here.devices:
         _make_context_current(driver, index)
@@ -74,7 +89,11 @@ def launch(plan: Plan, index: int, blocks: int, parameters: Sequence[int | float
         ready = _get_ready(plan, index)
     here.parameters.raw = PARAMETERS.pack(*parameters)
     shape = (blocks, 1, 1, ready.threads, 1, 1, ready.shared_bytes)
-    (status,) = driver.cuLaunchKernel(ready.function, *shape, _stream(index), here.address, 0)
+    if overlap:
+        config = here.overlapping(driver, shape, _stream(index))
+        (status,) = driver.cuLaunchKernelEx(config, ready.function, here.address, 0)
+    else:
+        (status,) = driver.cuLaunchKernel(ready.function, *shape, _stream(index), here.address, 0)
     if status != 0:
         _check(driver, status, f"launch {plan.name} with {blocks} blocks")
 

@@ -2,8 +2,10 @@
 // share of dQ through float32 atomics. (The deterministic form is the generic family's two kernels.)
 //
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
-//   WARPS (computing, four a group), STAGES (of 64 queries), DS_SLOTS, PERSISTENT, MIN_BLOCKS,
-//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory).
+//   WARPS (computing, four a group), TEAMS, STAGES (of 64 queries), DS_SLOTS, PERSISTENT, MIN_BLOCKS,
+//   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory), SUMS (backward_dq.cuh),
+//   AHEAD (1: S^T of a tile is queued behind dV and dK of the one before), PAIRS (1: two warps share their draws of the
+//   dropout mask). The block-sparse kernel goes without the last two.
 //
 // The last warpgroup copies tiles of q, dO and the row statistics; each of the others owns 64 keys:
 //
@@ -12,99 +14,13 @@
 //
 // dQ = dS K runs over the keys of all groups. They lay dS^T into a slot of shared memory; one group, another for each
 // tile in turn, multiplies the whole slot with K during its next tile, when the others have long written theirs, and adds
-// 64 rows to the float32 buffer whose order of columns generic_backward_keys.cu describes.
+// 64 rows to the float32 sums.
 //
 // Block-sparse, a stage holds queries that some groups' lists name: the others pass it by, and dQ is multiplied from the
 // keys of those that took part.
-#include "common/backward_stages.cuh"
-#include "common/philox.cuh"
-
-// P of pairs that do not see each other becomes 0. Keys past the end are such too: what they hold stays in rows of their
-// own in dK and dV, but dQ sums over keys. Why a block of its own: mixed into the main path, every step pays for it.
-__device__ __forceinline__ void hide(Block& s, const Params& p, const Work& w, int first_key, int row) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int key = first_key + 8 * h + (lane >> 2);
-        const int first_seen = (key >= w.k_len ? 0x7fffffff : p.causal ? key - w.offset : 0) - row - 2 * (lane & 3);
-#pragma unroll
-        for (int n = 0; n < QUERY_TILE / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-                if (8 * n + e < first_seen) s[n][2 * h + e] = 0.f;
-    }
-}
-
-// The dropout mask of this lane's 32 elements in one register. Flag 2 step + half of byte 2 h + e is that of s[n][2 h + e] for
-// n = 2 step + half: shifted to the top of its byte, it spreads as in philox.cuh.
-__device__ __forceinline__ u32 draw_flags(const Params& p, Philox philox, int row, int first_key) {
-    u32 flags = 0;
-    // Why: the compiler would keep what it can compute of these, fourteen round keys to begin with, through the whole loop.
-    asm volatile("" : "+r"(philox.key0), "+r"(philox.key1), "+r"(philox.sample), "+r"(philox.head));
-#pragma unroll 2
-    for (int step = 0; step < QUERY_TILE / 16; ++step) {
-        u32 keep[4];
-        keep_bits(keep, p, philox, (row >> 4) + step, first_key >> 5);
-        // This warp's 16 keys are half of the 32 that are drawn together; keys x queries is the other way round.
-        const u32 upper = first_key & 16, keys0 = upper ? keep[2] : keep[0], keys1 = upper ? keep[3] : keep[1];
-        const u32 first[2] = {transpose8x8(pair_mask<0>(keys0)), transpose8x8(pair_mask<0>(keys1))};
-        const u32 second[2] = {transpose8x8(pair_mask<1>(keys0)), transpose8x8(pair_mask<1>(keys1))};
-        flags |= __byte_perm(first[0], first[1], 0x6420) & 0x01010101u << 2 * step;
-        flags |= __byte_perm(second[0], second[1], 0x6420) & 0x01010101u << 2 * step + 1;
-    }
-    return flags;
-}
-
-// One statistic of the queries that this lane sees in blocks n and n + 1 of 8: 2t and 2t + 1 of each.
-__device__ __forceinline__ float4 load_pairs(u32 from, int n) {
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(from + n * 32 + (threadIdx.x & 3) * 16));
-    return x;
-}
-
-// Loaded ahead, while products run, where registers allow, else when wanted.
-#if HEAD_DIM <= 32 || WARPS == 8 && (HEAD_DIM < 128 || !DROPOUT)
-struct RowPairs {
-    float4 pairs[QUERY_TILE / 16];
-    __device__ __forceinline__ explicit RowPairs(u32 from) {
-#pragma unroll
-        for (int n = 0; n < QUERY_TILE / 8; n += 2) pairs[n / 2] = load_pairs(from, n);
-    }
-    __device__ __forceinline__ float4 operator[](int n) const { return pairs[n / 2]; }
-};
-#else
-struct RowPairs {
-    u32 from;
-    __device__ __forceinline__ explicit RowPairs(u32 from) : from(from) {}
-    __device__ __forceinline__ float4 operator[](int n) const { return load_pairs(from, n); }
-};
-#endif
-
-// P and dS from scores that hold P already: rounds both, with the dropout mask laid over them.
-__device__ __forceinline__ void differentiate(Fragments& weights, Fragments& ds, const Block& s, const Block& dp, const RowPairs& d_pairs,
-                                              u32 flags, float keep_scale) {
-    float4 d;  // of blocks n and n + 1, for an even n
-#pragma unroll
-    for (int n = 0; n < QUERY_TILE / 8; ++n) {
-        if (n % 2 == 0) d = d_pairs[n];
-        const float d0 = n % 2 ? d.z : d.x, d1 = n % 2 ? d.w : d.y;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const float x = s[n][2 * h], y = s[n][2 * h + 1];
-            float gx = dp[n][2 * h], gy = dp[n][2 * h + 1];
-            u32 rounded = pack(x, y);
-#if DROPOUT
-            const u32 pair = h ? pair_mask<1>(flags << 7 - n) : pair_mask<0>(flags << 7 - n);
-            rounded &= pair;
-            gx = masked(gx, low_mask(pair)) * keep_scale;
-            gy = masked(gy, high_mask(pair)) * keep_scale;
-#endif
-            weights[n / 2][n % 2 * 2 + h] = rounded;
-            ds[n / 2][n % 2 * 2 + h] = pack(x * (gx - d0), y * (gy - d1));
-        }
-    }
-}
+#include "common/backward_dq.cuh"
+#include "common/backward_dropout.cuh"
+#include "common/backward_scores.cuh"
 
 // Lays this warp's dS^T into the slot: key rows of 8 chunks, chunk c at place c ^ (key % 8): the 128-byte swizzle.
 __device__ __forceinline__ void write_ds(u32 slot, const Fragments& ds, int warp_key) {
@@ -114,51 +30,6 @@ __device__ __forceinline__ void write_ds(u32 slot, const Fragments& ds, int warp
         const u32 place = slot + key * DS_ROW + ((2 * step + (lane >> 4) ^ (key & 7)) << 4);
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(ds[step][0]),
                      "r"(ds[step][1]), "r"(ds[step][2]), "r"(ds[step][3]) : "memory");
-    }
-}
-
-__device__ __forceinline__ void add4(float* to, float a, float b, float c, float d) {
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-
-// dQ of 64 queries from the keys of all groups, or LISTED of those whose bits stand in `who`, by one group.
-template <bool LISTED>
-__device__ __forceinline__ void add_dq(const Places& places, const Ring& ds, u32 keys, const Params& p, float* sums, int q_len, int first_query,
-                                       u32 who) {
-    const u32 ds_place = place_of(places.ds(ds.slot())), k_place = place_of(keys);
-    await(places.ds_filled(ds.slot()), ds.filled());
-    Sums dq;
-    if (LISTED) {
-#pragma unroll
-        for (int d = 0; d < HEAD_DIM / 8; ++d)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) dq[d][c] = 0.f;
-    } else {
-        open_products();
-    }
-#pragma unroll
-    for (int from = 0; from < KEYS; from += 64) {
-        if (LISTED) {
-            if (!(who >> from / 64 & 1)) continue;
-            open_products();
-        }
-#pragma unroll
-        for (int key = from; key < from + 64; key += 16)
-            Product<HEAD_DIM>::shared<true, true>(dq, descriptor(ds_place + key * DS_ROW / 16, 16, 8 * DS_ROW, SWIZZLE_128),
-                                                  rows_inside<KEYS>(k_place, key), LISTED || key > 0);
-        // Why a wait each: products that only some tiles have must not be left running when the ways meet again.
-        if (LISTED) close_products(), wait_products<0>();
-    }
-    if (!LISTED) close_products(), wait_products<0>();
-    arrive_warp(places.ds_emptied(ds.slot()));
-    if (LISTED && (who & ~LAST_STAGE) == 0) return;
-    const int lane = threadIdx.x & 31, row = first_query + ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2);
-    float* to = sums + (i64)row * HEAD_DIM + 4 * (lane & 3);
-#pragma unroll
-    for (int d = 0; d < K_STEPS; ++d) {
-        if (16 * d >= p.head_dim) break;
-        if (row < q_len) add4(to + 16 * d, dq[2 * d][0], dq[2 * d][1], dq[2 * d + 1][0], dq[2 * d + 1][1]);
-        if (row + 8 < q_len) add4(to + 8 * HEAD_DIM + 16 * d, dq[2 * d][2], dq[2 * d][3], dq[2 * d + 1][2], dq[2 * d + 1][3]);
     }
 }
 
@@ -176,7 +47,7 @@ __device__ __forceinline__ void load_keys(Keys& keys, u32 keys_at) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) keys.dk[d][c] = keys.dv[d][c] = 0.f;
 #if !SHARED_OPERANDS
-    const int row = (threadIdx.x >> 5) * 16 + (threadIdx.x & 15), side = threadIdx.x >> 4 & 1;
+    const int row = this_warp() * 16 + (threadIdx.x & 15), side = threadIdx.x >> 4 & 1;
 #pragma unroll
     for (int kk = 0; kk < K_STEPS; ++kk) {
         const u32 from = keys_at + kk / PANEL_STEPS * KEYS * PANEL_ROW + row * PANEL_ROW + ((kk % PANEL_STEPS * 2 + side ^ turn(row)) << 4);
@@ -205,34 +76,22 @@ __device__ __forceinline__ void multiply_queries(Sums& sums, const Fragments& a,
         Product<HEAD_DIM>::registers<true>(sums, a[step], rows_inside<QUERY_TILE>(tile_place, 16 * step), true);
 }
 
-__device__ __forceinline__ void exponentiate(Block& s, const RowPairs& lse_pairs, float scale_log2) {
-#pragma unroll
-    for (int n = 0; n < QUERY_TILE / 8; n += 2) {
-        const float4 lse = lse_pairs[n];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            s[n][c] = exp2_fast(fmaf(s[n][c], scale_log2, -(c & 1 ? lse.y : lse.x)));
-            s[n + 1][c] = exp2_fast(fmaf(s[n + 1][c], scale_log2, -(c & 1 ? lse.w : lse.z)));
-        }
-    }
-}
-
 // The part of a group whose 64 keys all lie past the end: dS is 0, and it takes its turns at dQ.
 __device__ __forceinline__ void stand_by(const Params& p, const Places& places, const Work& w, u32 keys, Ring& ring, Ring& ds_ring) {
-    const int group = threadIdx.x / 128;
-    float* dq_sums = p.dq_sums + stats_at(p, w) * HEAD_DIM;
+    const int group = this_group();
+    float* dq_sums = sums_of(p, w);
     const Fragments none = {};
     Ring ds_before = ds_ring;
     int adding = GROUPS - 1, row_before = -1;
 #pragma unroll 1
     for (QueryTiles tile(p, w);; tile.next()) {
-        if (row_before >= 0 && adding == group) add_dq<false>(places, ds_before, keys, p, dq_sums, w.q_len, row_before, 0);
+        if (row_before >= 0 && adding == group) add_dq<false>(places, ds_before, keys, dq_sums, row_before, 0);
         if (!tile.left(w)) break;
         row_before = tile.row;
         await(places.filled(ring.slot()), ring.filled());
         arrive_warp(places.emptied(ring.slot()));
         await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
-        write_ds(places.ds(ds_ring.slot()), none, (threadIdx.x >> 5) * 16);
+        write_ds(places.ds(ds_ring.slot()), none, this_warp() * 16);
         show_to_products();
         arrive_warp(places.ds_filled(ds_ring.slot()));
         adding = adding + 1 == GROUPS ? 0 : adding + 1;
@@ -245,7 +104,7 @@ __device__ __forceinline__ void stand_by(const Params& p, const Places& places, 
 template <bool LISTED>
 __device__ __forceinline__ void differentiate_work(const Params& p, const Places& places, u32 id, u32 keys_at, Ring& ring, Ring& ds_ring) {
     const Work w = find_work(p, id, false);
-    const int warp = threadIdx.x >> 5, group = warp / 4, first_key = w.tile * KEYS + warp * 16;
+    const int warp = this_warp(), group = warp / 4, first_key = w.tile * KEYS + warp * 16;
     const int group_key = w.tile * KEYS + group * 64;
     if (!LISTED && group_key >= w.k_len) return stand_by(p, places, w, keys_at, ring, ds_ring);
     Keys keys;
@@ -258,38 +117,55 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
 #endif
     u32 flags = 0;
 #if DROPOUT
-    if (!LISTED) flags = draw_flags(p, start_philox(p, w), QueryTiles(p, w).row, first_key);
+    if (PAIRS && !LISTED) meet_neighbour();
+    if (!LISTED) flags = find_flags(p, places, w, QueryTiles(p, w).row, first_key);
 #endif
-    float* dq_sums = p.dq_sums + stats_at(p, w) * HEAD_DIM;
+    float* dq_sums = sums_of(p, w);
     Ring ds_before = ds_ring;
     int adding = GROUPS - 1, row_before = -1;  // the group that adds dQ of the tile before, and that tile's first row
     u32 who_before = 0;
+    constexpr bool ahead = AHEAD && !LISTED;
+    static_assert(!ahead || GROUPS > 1, "a group alone queues dQ where S of the next tile would be");
+    Block s;
+    if (ahead && QueryTiles(p, w).left(w)) {
+        await(places.filled(ring.slot()), ring.filled());
+        open_products();
+        multiply_rows(s, place_of(places.queries(ring.slot())), k, place_of(keys_at + group * 64 * PANEL_ROW));
+        close_products();
+        wait_products<0>();
+    }
 
 #pragma unroll 1
     for (QueryTiles tile(p, w); LISTED || tile.left(w); tile.next()) {
-        await(places.filled(ring.slot()), ring.filled());
+        if (!ahead) await(places.filled(ring.slot()), ring.filled());
         const Step step = LISTED ? read_step(places.step(ring.slot())) : Step{tile.row, 0};
         const int row = step.row;
         if (LISTED && !(step.who >> group & 1)) {
             arrive_warp(places.emptied(ring.slot()));
+            if (GROUPS == 1) {  // an empty list
+                ring.next<STAGES>();
+                break;
+            }
             // Why the wait: a group must not be counted for two tiles of a slot.
             await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
             arrive_warp(places.ds_filled(ds_ring.slot()));
         } else {
-            Block s, dp;
+            Block dp;
             Fragments weights, ds;
             const u32 tile_place = place_of(places.queries(ring.slot())), rows_place = place_of(keys_at + group * 64 * PANEL_ROW);
 #if DROPOUT
             if (LISTED) flags = draw_flags(p, start_philox(p, w), row, first_key);
 #endif
-            open_products();
-            multiply_rows(s, tile_place, k, rows_place);
-            close_products();
+            if (!ahead) {
+                open_products();
+                multiply_rows(s, tile_place, k, rows_place);
+                close_products();
+            }
             open_products();
             multiply_rows(dp, tile_place + TILE_BYTES / 16, v, rows_place + KEYS_BYTES / 16);
             close_products();
             const RowPairs lse(places.stats(ring.slot()));
-            wait_products<1>();
+            if (!ahead) wait_products<1>();
             exponentiate(s, lse, p.scale_log2);
             if ((p.causal && row + w.offset < group_key + 63) || group_key + 64 > w.k_len) hide(s, p, w, first_key, row);
             const RowPairs d(places.stats(ring.slot()) + QUERY_TILE * 4);
@@ -303,15 +179,34 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
             multiply_queries(keys.dv, weights, tile_place + TILE_BYTES / 16);
             multiply_queries(keys.dk, ds, tile_place);
             close_products();
+            if (ahead) {
+                // Behind the last tile too, from whatever lies there: products in a branch would have to be waited for in it.
+                Ring next = ring;
+                next.next<STAGES>();
+                if (row + QUERY_TILE < w.q_len) await(places.filled(next.slot()), next.filled());
+                open_products();
+                multiply_rows(s, place_of(places.queries(next.slot())), k, rows_place);
+                close_products();
+            }
 #if DROPOUT
             // For the next tile, while the products run: now there are registers to spare.
-            if (!LISTED) flags = draw_flags(p, start_philox(p, w), row + QUERY_TILE, first_key);
+            if (!LISTED) flags = find_flags(p, places, w, row + QUERY_TILE, first_key);
 #endif
-            wait_products<0>();
+            // Alone, a group needs wait for no other: dQ of this very tile runs beside the others.
+            if (GROUPS == 1) {
+                add_dq<false>(places, ds_ring, keys_at, dq_sums, row, 0, places.emptied(ring.slot()));
+                ring.next<STAGES>();
+                ds_ring.next<DS_SLOTS>();
+                if (LISTED && step.who & LAST_STAGE) break;
+                continue;
+            }
+            if (ahead) wait_products<1>();
+            else wait_products<0>();
             arrive_warp(places.emptied(ring.slot()));
+            if (ahead) wait_products<0>();
         }
         // By now all groups have written dS of the tile before.
-        if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before, who_before);
+        if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, dq_sums, row_before, who_before);
         row_before = row;
         who_before = step.who;
         adding = adding + 1 == GROUPS ? 0 : adding + 1;
@@ -320,11 +215,11 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
         ds_ring.next<DS_SLOTS>();
         if (LISTED && step.who & LAST_STAGE) break;
     }
-    if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, p, dq_sums, w.q_len, row_before, who_before);
+    if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, dq_sums, row_before, who_before);
     // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
     asm volatile("" : "+r"(id));
     const Work end = find_work(p, id, false);
-    const int key = end.tile * KEYS + (threadIdx.x >> 5) * 16;
+    const int key = end.tile * KEYS + this_warp() * 16;
     u16* dk = at(p.dk, p.dkv_strides, end, end.k_start);
     u16* dv = at(p.dv, p.dkv_strides, end, end.k_start);
     store_rows(dk, p.dkv_strides.row, key, end.k_len, p.head_dim, keys.dk, p.scale, p.scale);
@@ -359,51 +254,62 @@ __device__ __forceinline__ void copy(const Params& p, const Places& places, u32 
 template <bool LISTED>
 __device__ __forceinline__ void run(const Params& p) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
-    const Places places = {(u32)__cvta_generic_to_shared(shared_bytes)};
-    if (threadIdx.x < STAGES) {
-        make_barrier(places.filled(threadIdx.x), COPIERS);
-        make_barrier(places.emptied(threadIdx.x), WARPS);
+    const u32 shared = (u32)__cvta_generic_to_shared(shared_bytes);
+    const Places places = {shared + this_team() * TEAM_BYTES};
+    const int slot = threadIdx.x < THREADS ? team_thread() : THREADS;
+    if (slot < STAGES) {
+        make_barrier(places.filled(slot), COPIERS);
+        make_barrier(places.emptied(slot), WARPS / TEAMS);
     }
-    if (threadIdx.x < DS_SLOTS) {
-        make_barrier(places.ds_filled(threadIdx.x), WARPS);
-        make_barrier(places.ds_emptied(threadIdx.x), 4);
+    if (slot < DS_SLOTS) {
+        make_barrier(places.ds_filled(slot), WARPS / TEAMS);
+        make_barrier(places.ds_emptied(slot), 4);
     }
-    if (threadIdx.x < KEY_SLOTS) {
-        make_barrier(places.keys_filled(threadIdx.x), COPIERS);
-        make_barrier(places.keys_emptied(threadIdx.x), WARPS);
+    if (slot < KEY_SLOTS) {
+        make_barrier(places.keys_filled(slot), COPIERS);
+        make_barrier(places.keys_emptied(slot), WARPS / TEAMS);
     }
     __syncthreads();
     Ring keys = {0}, ring = {0};
+#if PERSISTENT
+    let_successor_start();
+#endif
     if (threadIdx.x < THREADS) {
-        take_registers<computer_registers(GROUPS, MIN_BLOCKS)>();
+        take_registers<computer_registers(WARPS / 4, MIN_BLOCKS)>();
         Ring ds_ring = {0};
 #if PERSISTENT
-        for (Works works(p); works.left(); works.next())
-            if (works.here()) compute<LISTED>(p, places, works.id(), keys, ring, ds_ring);
+        await_predecessor();
+        for (Works works; works.left(p); works.next()) compute<LISTED>(p, places, works.id, keys, ring, ds_ring);
 #else
-        compute<LISTED>(p, places, blockIdx.x, keys, ring, ds_ring);
+        const Works works;
+        if (TEAMS == 1 || works.left(p)) compute<LISTED>(p, places, works.id, keys, ring, ds_ring);
 #endif
+        finish_sums();
         return;
     }
-    give_registers<copier_registers(GROUPS, MIN_BLOCKS)>();
+    give_registers<copier_registers(WARPS / 4, MIN_BLOCKS)>();
+    // Counted anew: a number that both roles share is one that the registers of neither may hold.
+    const u32 team = this_team();
+    if (team >= TEAMS) return;
+    const Places own = {shared + team * TEAM_BYTES};
     Announcer<LISTED ? 2 : 1> announcer = {0};
 #if PERSISTENT
-    for (Works works(p); works.left(); works.next())
-        if (works.here()) copy<LISTED>(p, places, works.id(), announcer, keys, ring);
+    for (Works works; works.left(p); works.next()) copy<LISTED>(p, own, works.id, announcer, keys, ring);
 #else
-    copy<LISTED>(p, places, blockIdx.x, announcer, keys, ring);
+    const Works works;
+    if (TEAMS == 1 || works.left(p)) copy<LISTED>(p, own, works.id, announcer, keys, ring);
 #endif
     announcer.flush();
 }
 
 // A build has the kernels that are asked of its tiles.
 #if DENSE
-extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_backward(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS + COPYING, MIN_BLOCKS) attention_hopper_backward(const __grid_constant__ Params p) {
     run<false>(p);
 }
 #endif
 #if SPARSE
-extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_backward_sparse(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS + COPYING, MIN_BLOCKS) attention_hopper_backward_sparse(const __grid_constant__ Params p) {
     run<true>(p);
 }
 #endif

@@ -20,118 +20,14 @@
 // that meets its next stage soon keeps to the order above, and else is done with O += P V before it goes to look for it.
 #define ROW_TILES 1
 #define BLOCKS (KEY_TILE / 8)
-#include "common/philox.cuh"
-#include "common/warpgroups.cuh"
+#include "common/forward_stages.cuh"
 #include "common/softmax.cuh"
-
-#define GROUPS (WARPS / 4)
-#define ROWS (WARPS * 16)
-#define TILE_BYTES (KEY_TILE * ROW_BYTES)
-#define GROUP_BYTES (64 * ROW_BYTES)
-// Shared memory: STAGES x (K, V) | a tile of 64 queries a group, where read from there | barriers: filled, emptied | steps
-#define QUERIES_AT (STAGES * 2 * TILE_BYTES)
-#define BARRIERS_AT (QUERIES_AT + SHARED_OPERANDS * GROUPS * GROUP_BYTES)
-
-struct Stages {
-    u32 shared;
-    __device__ __forceinline__ u32 keys(u32 slot) const { return shared + slot * 2 * TILE_BYTES; }
-    __device__ __forceinline__ u32 filled(u32 slot) const { return shared + BARRIERS_AT + slot * 8; }
-    __device__ __forceinline__ u32 emptied(u32 slot) const { return shared + BARRIERS_AT + (STAGES + slot) * 8; }
-    __device__ __forceinline__ u32 step(u32 slot) const { return shared + BARRIERS_AT + (2 * STAGES + slot) * 8; }
-};
-
-__device__ __forceinline__ bool has_rows(const Work& w) { return !w.tail && w.tile * ROWS < w.q_len; }
-
-// The number of key tiles that any of the block's rows sees; none for work that has no rows.
-__device__ __forceinline__ int count_tiles(const Params& p, const Work& w) {
-    if (!has_rows(w)) return 0;
-    const int last_row = min(w.tile * ROWS + ROWS, w.q_len) - 1;
-    const int keys = p.causal ? min(w.k_len, last_row + w.offset + 1) : w.k_len;
-    return keys <= 0 ? 0 : (keys + KEY_TILE - 1) / KEY_TILE;
-}
-
-__device__ __forceinline__ void copy_all(const Params& p, const Stages& stages) {
-    Ring ring = {0};
-    Announcer<1> announcer = {0};
-    for (Works works(p); works.left(); works.next()) {
-        if (!works.here()) continue;
-        const Work w = find_work(p, works.id(), p.causal);
-        const int num_tiles = count_tiles(p, w);
-        const u16* k = at(p.k, p.k_strides, w, w.k_start);
-        const u16* v = at(p.v, p.v_strides, w, w.k_start);
-        for (int tile = 0; tile < num_tiles; ++tile) {
-            announcer.await_empty(stages.emptied(ring.slot()), ring.emptied());
-            copy_panels<KEY_TILE>(stages.keys(ring.slot()), k, p.k_strides.row, tile * KEY_TILE, w.k_len, p.head_dim);
-            copy_panels<KEY_TILE>(stages.keys(ring.slot()) + TILE_BYTES, v, p.v_strides.row, tile * KEY_TILE, w.k_len, p.head_dim);
-            announcer.next(stages.filled(ring.slot()));
-            ring.next<STAGES>();
-        }
-    }
-    announcer.flush();
-}
-
-// The tiles that the groups' lists name.
-__device__ __forceinline__ void copy_listed(const Params& p, const Stages& stages) {
-    Ring ring = {0};
-    Announcer<2> announcer = {0};
-    for (Works works(p); works.left(); works.next()) {
-        if (!works.here()) continue;
-        const Work w = find_work(p, works.id(), p.causal);
-        if (!has_rows(w)) continue;
-        const u16* k = at(p.k, p.k_strides, w, w.k_start);
-        const u16* v = at(p.v, p.v_strides, w, w.k_start);
-        WarpWalk<GROUPS, KEY_TILE, 2> walk;
-        walk.start_queries(p, w, w.tile * ROWS);
-        bool last;
-        do {
-            announcer.await_empty(stages.emptied(ring.slot()), ring.emptied());
-            const Step step = walk.here();
-            if (step.who != 0) {
-                copy_panels<KEY_TILE>(stages.keys(ring.slot()), k, p.k_strides.row, step.row, w.k_len, p.head_dim);
-                copy_panels<KEY_TILE>(stages.keys(ring.slot()) + TILE_BYTES, v, p.v_strides.row, step.row, w.k_len, p.head_dim);
-            }
-            walk.next(p, step);
-            last = walk.over();
-            post_step(stages.step(ring.slot()), step, last);
-            announcer.next(stages.filled(ring.slot()));
-            ring.next<STAGES>();
-        } while (!last);
-    }
-    announcer.flush();
-}
-
-// A group's way through the stages of a block-sparse piece of work.
-struct Seeker {
-    bool last;     // the work has no stage after the one that was found or passed
-    bool careful;  // the found one goes beyond `unmasked`
-
-    // Passes the stages that are not this group's, at most `most`; false where it has not come to one that is.
-    __device__ __forceinline__ bool find(const Stages& stages, Ring& ring, const Turn<TURNS ? GROUPS : 1>& turn, int most, int unmasked) {
-        for (; !last; --most) {
-            await(stages.filled(ring.slot()), ring.filled());
-            const Step step = read_step(stages.step(ring.slot()));
-            careful = step.row + KEY_TILE > unmasked;
-            const bool found = step.who >> (threadIdx.x / 128) & 1;
-            if (!found && most == 0) return false;
-            last = step.who & LAST_STAGE;
-            // Products want the whole warp, and its lanes may have left their waiting one by one.
-            __syncwarp();
-            if (found) return true;
-            turn.take();
-            turn.pass();
-            arrive_warp(stages.emptied(ring.slot()));
-            ring.next<STAGES>();
-        }
-        return false;
-    }
-    // The first column of the found stage. Why read again: a register that is wanted late is one that is spilled.
-    static __device__ __forceinline__ int column(const Stages& stages, const Ring& ring) { return read_step(stages.step(ring.slot())).row; }
-};
+#include "common/forward_dropout.cuh"
 
 struct Queries {
 #if SHARED_OPERANDS
     u32 shared;
-    __device__ __forceinline__ u32 tile() const { return shared + QUERIES_AT + threadIdx.x / 128 * GROUP_BYTES; }
+    __device__ __forceinline__ u32 tile() const { return shared + QUERIES_AT + this_group() * GROUP_BYTES; }
 #else
     u32 fragments[K_STEPS][4];
 #endif
@@ -141,15 +37,15 @@ __device__ __forceinline__ void load_queries(Queries& q, const Params& p, const 
     const u16* rows = at(p.q, p.q_strides, w, w.q_start);
 #if SHARED_OPERANDS
     q.shared = stages.shared;
-    copy_panels<64>(q.tile(), rows, p.q_strides.row, w.tile * ROWS + threadIdx.x / 128 * 64, w.q_len, p.head_dim);
+    copy_panels<64, 128>(q.tile(), rows, p.q_strides.row, w.tile * ROWS + this_group() * 64, w.q_len, p.head_dim);
     commit_copies();
     wait_copies<0>();
     show_to_products();
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + GROUPS + threadIdx.x / 128) : "memory");
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + WARPS / 4 + threadIdx.x / 128) : "memory");
 #else
 #pragma unroll
     for (int kk = 0; kk < K_STEPS; ++kk)
-        load_fragment(q.fragments[kk], rows, p.q_strides.row, w.tile * ROWS + (threadIdx.x >> 5) * 16, w.q_len, 16 * kk, p.head_dim);
+        load_fragment(q.fragments[kk], rows, p.q_strides.row, w.tile * ROWS + this_warp() * 16, w.q_len, 16 * kk, p.head_dim);
 #endif
 }
 
@@ -157,8 +53,8 @@ __device__ __forceinline__ void load_queries(Queries& q, const Params& p, const 
 #define QUERIES_AHEAD (!SHARED_OPERANDS)
 
 __device__ __forceinline__ void load_ahead(Queries& q, const Params& p, const Stages& stages, const Works& works) {
-    if (!QUERIES_AHEAD || !works.left() || !works.here()) return;
-    const Work w = find_work(p, works.id(), p.causal);
+    if (!QUERIES_AHEAD || !works.left(p)) return;
+    const Work w = find_work(p, works.id, p.causal);
     if (has_rows(w)) load_queries(q, p, stages, w);
 }
 
@@ -244,9 +140,14 @@ __device__ __forceinline__ void round_weights(Weights& weights, const Scores& s)
         for (int i = 0; i < 2; ++i) weights[0][n][i] = pack(s[0][n][2 * i], s[0][n][2 * i + 1]);
 }
 
+__device__ __forceinline__ int first_row_of(const Work& w) { return w.tile * ROWS + this_warp() * 16; }
+
+// The work of number `id`, which is `w`. Teams have few registers: what only the careful way wants is found anew.
+__device__ __forceinline__ Work again(const Params& p, const Work& w, u32 id) { return TEAMS > 1 ? find_work(p, afresh(id), p.causal) : w; }
+
 // A tile before which no other is at work. For a row's first, the largest of 8 scores will nearly always do as its reference.
 __device__ __forceinline__ void begin(Scores& s, Weights& weights, float (&sums)[1][2], Rows& rows, const Queries& q, u32 k_tile,
-                                      const Params& p, int row, int column, bool whole, int k_len, int offset) {
+                                      const Params& p, int column, bool whole, const Work& w, u32 id) {
     if (whole) {
         float before[2];
 #pragma unroll
@@ -259,28 +160,16 @@ __device__ __forceinline__ void begin(Scores& s, Weights& weights, float (&sums)
         multiply_keys_again(s, q, k_tile);
         rows.reference[0][0] = before[0], rows.reference[0][1] = before[1];
     }
-    settle(s, weights, sums, rows, p, row, column, k_len, offset);
-}
-
-__device__ __forceinline__ void drop(Weights& weights, const Params& p, const Philox& philox, int row, int column) {
-#pragma unroll
-    for (int n = 0; n < BLOCKS; n += 4) {
-        u32 keep[4];
-        keep_bits(keep, p, philox, row >> 4, (column >> 5) + n / 4);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            weights[0][n + j][0] &= pair_mask<0>(keep[j]);
-            weights[0][n + j][1] &= pair_mask<1>(keep[j]);
-        }
-    }
+    const Work here = again(p, w, id);
+    settle(s, weights, sums, rows, p, first_row_of(here), column, here.k_len, here.offset);
 }
 
 template <bool LISTED>
 __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ring& ring, const Turn<TURNS ? GROUPS : 1>& turn,
                                        Queries& q, Works works) {
-    const Work w = find_work(p, works.id(), p.causal);
+    const Work w = find_work(p, works.id, p.causal);
     const int num_tiles = LISTED ? 0 : count_tiles(p, w);
-    const int first_row = w.tile * ROWS + (threadIdx.x >> 5) * 16;
+    const int first_row = w.tile * ROWS + this_warp() * 16;
     const int unmasked = p.causal ? min(w.k_len, first_row + w.offset + 1) : w.k_len;
     if (!QUERIES_AHEAD) load_queries(q, p, stages, w);
     Rows rows;
@@ -292,6 +181,7 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
     for (int i = 0; i < 2; ++i) rows.reference[0][i] = -INFINITE, rows.sum[0][i] = 0.f;
 #if DROPOUT
     const Philox philox = start_philox(p, w);
+    Mask keep;
 #endif
     Seeker seeker = {false, false};
     if (LISTED ? !seeker.find(stages, ring, turn, 0x7fffffff, unmasked) : num_tiles == 0) {
@@ -313,10 +203,11 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
         wait_products<0>();
         const bool whole = LISTED ? !seeker.careful : KEY_TILE <= unmasked;
         const int first_column = LISTED ? Seeker::column(stages, ring) : 0;
-        begin(s, weights, sums, rows, q, stages.keys(ring.slot()), p, first_row, first_column, whole, w.k_len, w.offset);
+        begin(s, weights, sums, rows, q, stages.keys(ring.slot()), p, first_column, whole, w, works.id);
         rows.sum[0][0] += sums[0][0], rows.sum[0][1] += sums[0][1];
 #if DROPOUT
-        drop(weights, p, philox, first_row, first_column);
+        draw(keep, p, philox, first_row, first_column);
+        drop(weights, keep);
 #endif
         u32 before = ring.slot();  // of the tile whose values are still to be multiplied
         ring.next<STAGES>();
@@ -333,6 +224,10 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
             multiply_values(rows, weights, stages.keys(before) + TILE_BYTES);
             close_products();
             turn.pass();
+#if DROPOUT
+            // While the products run.
+            draw(keep, p, philox, first_row, LISTED ? Seeker::column(stages, ring) : next);
+#endif
             wait_products<1>();
             bool careful = LISTED ? seeker.careful : next + KEY_TILE > unmasked;
             if (!careful) {
@@ -342,11 +237,15 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
             wait_products<0>();
             arrive_warp(stages.emptied(before));
             // Only now may the weights change: until here the products read them.
-            if (careful) settle(s, weights, sums, rows, p, first_row, LISTED ? Seeker::column(stages, ring) : next, w.k_len, w.offset);
-            else round_weights(weights, s);
+            if (careful) {
+                const Work here = again(p, w, works.id);
+                settle(s, weights, sums, rows, p, first_row_of(here), LISTED ? Seeker::column(stages, ring) : next, here.k_len, here.offset);
+            } else {
+                round_weights(weights, s);
+            }
             rows.sum[0][0] += sums[0][0], rows.sum[0][1] += sums[0][1];
 #if DROPOUT
-            drop(weights, p, philox, first_row, LISTED ? Seeker::column(stages, ring) : next);
+            drop(weights, keep);
 #endif
             before = ring.slot();
             ring.next<STAGES>();
@@ -359,35 +258,38 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
     } while (LISTED && seeker.find(stages, ring, turn, 0x7fffffff, unmasked));
     load_next(q, p, stages, works);
     // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
-    u32 id = works.id();
+    u32 id = works.id;
     asm volatile("" : "+r"(id));
     const Work end = find_work(p, id, p.causal);
-    finish(rows, p, end, end.tile * ROWS + (threadIdx.x >> 5) * 16);
+    finish(rows, p, end, end.tile * ROWS + this_warp() * 16);
 }
 
 template <bool LISTED>
 __device__ __forceinline__ void run(const Params& p) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
-    const Stages stages = {(u32)__cvta_generic_to_shared(shared_bytes)};
-    if (threadIdx.x < STAGES) {
-        make_barrier(stages.filled(threadIdx.x), COPIERS);
-        make_barrier(stages.emptied(threadIdx.x), WARPS);
+    const u32 shared = (u32)__cvta_generic_to_shared(shared_bytes);
+    const Stages stages = {shared + this_team() * TEAM_BYTES};
+    if (threadIdx.x < THREADS && team_thread() < STAGES) {
+        make_barrier(stages.filled(team_thread()), COPIERS);
+        make_barrier(stages.emptied(team_thread()), WARPS / TEAMS);
     }
     __syncthreads();
     if (threadIdx.x >= THREADS) {
-        give_registers<copier_registers(GROUPS, MIN_BLOCKS)>();
-        LISTED ? copy_listed(p, stages) : copy_all(p, stages);
+        give_registers<copier_registers(WARPS / 4, MIN_BLOCKS)>();
+        // Counted anew: a number that both roles share is one that the registers of neither may hold.
+        const u32 team = this_team();
+        const Stages own = {shared + team * TEAM_BYTES};
+        if (team < TEAMS) LISTED ? copy_listed(p, own) : copy_all(p, own);
         return;
     }
-    take_registers<computer_registers(GROUPS, MIN_BLOCKS)>();
+    take_registers<computer_registers(WARPS / 4, MIN_BLOCKS)>();
     const Turn<TURNS ? GROUPS : 1> turn(threadIdx.x / 128);
     Ring ring = {0};
     Queries q;
-    Works works(p);
+    Works works;
     load_ahead(q, p, stages, works);
-    for (; works.left(); works.next()) {
-        if (!works.here()) continue;
-        const Work w = find_work(p, works.id(), p.causal);
+    for (; works.left(p); works.next()) {
+        const Work w = find_work(p, works.id, p.causal);
         if (has_rows(w)) {
             attend<LISTED>(p, stages, ring, turn, q, works);
         } else {
@@ -399,12 +301,12 @@ __device__ __forceinline__ void run(const Params& p) {
 
 // A build has the kernels that are asked of its tiles.
 #if DENSE
-extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_forward(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS + COPYING, MIN_BLOCKS) attention_hopper_forward(const __grid_constant__ Params p) {
     run<false>(p);
 }
 #endif
 #if SPARSE
-extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, MIN_BLOCKS) attention_hopper_forward_sparse(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS + COPYING, MIN_BLOCKS) attention_hopper_forward_sparse(const __grid_constant__ Params p) {
     run<true>(p);
 }
 #endif

@@ -48,6 +48,9 @@ _PHILOX, _TILES, _TYPES = "common/philox.cuh", "common/tiles.cuh", "common/types
 _WALK = "common/walk.cuh"
 
 _HOPPER_FORWARD, _HOPPER_BACKWARD, _WARPGROUPS = "hopper_forward.cu", "hopper_backward.cu", "common/warpgroups.cuh"
+_HOPPER_STAGES, _HOPPER_SCORES = "common/forward_stages.cuh", "common/backward_scores.cuh"
+_HOPPER_DQ, _HOPPER_SUMS = "common/backward_dq.cuh", "common/dq_tiles.cuh"
+_FORWARD_DROPOUT, _BACKWARD_DROPOUT = "common/forward_dropout.cuh", "common/backward_dropout.cuh"
 
 _GENERIC = [
     Fault("forward: one key too many", _SOFTMAX, "x = 8 * n < seen ? x : 0.f;", "x = 8 * n <= seen ? x : 0.f;"),
@@ -161,26 +164,33 @@ _HOPPER = [
         "if (w.tail) empty_rows(p, w);",
         "if (w.tail) continue;",
     ),
-    Fault("forward: one dropout mask for all columns of a step", _HOPPER_FORWARD, " + n / 4);", ");"),
+    Fault("forward: one dropout mask for all columns of a step", _FORWARD_DROPOUT, " + n / 4);", ");"),
     Fault(
-        "backward: mask off by one", _HOPPER_BACKWARD, "if (8 * n + e < first_seen)", "if (8 * n + e + 1 < first_seen)"
+        "backward: mask off by one", _HOPPER_SCORES, "if (8 * n + e < first_seen)", "if (8 * n + e + 1 < first_seen)"
     ),
     Fault("backward: dK without the scale", _HOPPER_BACKWARD, "keys.dk, p.scale, p.scale", "keys.dk, 1.f, 1.f"),
     Fault(
         "backward: every 16 keys draw the first's mask",
-        _HOPPER_BACKWARD,
-        "upper = first_key & 16,",
-        "upper = 0,",
+        _BACKWARD_DROPOUT,
+        "upper = first_key & 16;",
+        "upper = 0;",
+        head_dim=128,
+    ),
+    Fault(
+        "backward: a warp lays its neighbour's half of the mask where its own belongs",
+        _BACKWARD_DROPOUT,
+        "(upper ? upper_keys : lower_keys) << 4 * upper |",
+        "(upper ? lower_keys : upper_keys) << 4 * upper |",
     ),
     Fault(
         "backward: dP without the factor of dropout",
-        _HOPPER_BACKWARD,
+        _HOPPER_SCORES,
         "gx = masked(gx, low_mask(pair)) * keep_scale;",
         "gx = masked(gx, low_mask(pair));",
     ),
     Fault(
         "backward: dS is read before it was written",
-        _HOPPER_BACKWARD,
+        _HOPPER_DQ,
         "await(places.ds_filled(ds.slot()), ds.filled());",
         "",
     ),
@@ -190,6 +200,23 @@ _HOPPER = [
         "\n    if (row_before >= 0 && ",
         "\n    if (false && ",
     ),
+    Fault(
+        "backward: S of the next tile is taken from this one",
+        _HOPPER_BACKWARD,
+        "place_of(places.queries(next.slot()))",
+        "tile_place",
+        head_dim=64,
+    ),
+    Fault(
+        "dQ: a bulk reduction has half of its rows",
+        _HOPPER_DQ,
+        "from, HEAD_DIM * 64);",
+        "from, HEAD_DIM * 32);",
+        head_dim=128,
+    ),
+    Fault("dQ: sums are not zero at first", _PREPROCESS, "if (p.dq_sums != nullptr) zero_sums(p);", ""),
+    Fault("dQ: a sequence's sums begin in the tile of the one before", _HOPPER_SUMS, "/ 64 + w.sample;", "/ 64;"),
+    Fault("dQ: columns of a tile in rows' order", _POSTPROCESS, "* 8 + 2 * (lane & 3);", "* 8 + (lane & 3);"),
     Fault(
         "backward: gradients beyond key_lengths are left",
         _HOPPER_BACKWARD,
@@ -205,14 +232,14 @@ _HOPPER = [
     ),
     Fault(
         "block-sparse: a group takes part in every stage",
-        _HOPPER_FORWARD,
-        "found = step.who >> (threadIdx.x / 128) & 1;",
+        _HOPPER_STAGES,
+        "found = step.who >> this_group() & 1;",
         "found = step.who != 0;",
         where="sparse",
     ),
     Fault(
         "block-sparse: dS of another stage is added to dQ",
-        _HOPPER_BACKWARD,
+        _HOPPER_DQ,
         "if (!(who >> from / 64 & 1)) continue;",
         "",
         where="sparse",
@@ -220,7 +247,7 @@ _HOPPER = [
 ]
 
 # What both families compile is planted for both.
-_SHARED = (_SOFTMAX, _POSTPROCESS, _WALK)
+_SHARED = (_SOFTMAX, _WALK)
 FAULTS = [
     *_GENERIC,
     *(fault._replace(family="hopper") for fault in _HOPPER),

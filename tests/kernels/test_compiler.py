@@ -69,9 +69,9 @@ def test_hopper_block_sparse_kernels_have_tiles_of_their_own_or_the_dense_build(
     assert narrow.sparse and not narrow.hopper and deterministic.sparse and not deterministic.hopper
 
 
-def test_there_are_at_most_150_variants_and_each_fits_its_gpu() -> None:
+def test_there_are_at_most_170_variants_and_each_fits_its_gpu() -> None:
     plans = kernel_plan.all_plans()
-    assert len(set(plans)) == len(plans) <= 150
+    assert len(set(plans)) == len(plans) <= 170
     for one in plans:
         # A block of an A100 has 163 KB, of an H100 or H200 227.
         assert one.shared_bytes <= (227 if one.hopper else 163) * 1024 and one.threads <= 1024, one.name

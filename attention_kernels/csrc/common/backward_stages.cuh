@@ -1,10 +1,11 @@
 // The stages of the Hopper backward: what lies where in shared memory, which queries a piece of work goes through, and the
 // copies that fill the stages. hopper_backward.cu includes this and reads them.
 #pragma once
+#define TEAM_COPIER_REGISTERS (WARPS < 12 || !DROPOUT ? 56 : 32)
+#include "overlap.cuh"
 #include "warpgroups.cuh"
 
-#define GROUPS (WARPS / 4)
-#define KEYS (WARPS * 16)
+#define KEYS (GROUPS * 64)
 #define QUERY_TILE 64
 #define KEYS_BYTES (KEYS * ROW_BYTES)
 #define TILE_BYTES (QUERY_TILE * ROW_BYTES)
@@ -12,12 +13,15 @@
 // Persistent: a block goes from one piece of work to the next, and copies run ahead into it. That takes registers and
 // shared memory, which the wider heads want elsewhere: there a block does one piece, and so many blocks are launched.
 #define KEY_SLOTS (1 + PERSISTENT)
-// Shared memory: KEY_SLOTS x (K, V) | STAGES x (q, dO) | DS_SLOTS x dS^T (KEYS rows of 64 queries) | STAGES x statistics |
-// barriers | STAGES x step
+// Shared memory of a team: KEY_SLOTS x (K, V) | STAGES x (q, dO) | DS_SLOTS x dS^T (KEYS rows of 64 queries) | STAGES x statistics |
+// dQ of a tile a group (SUMS 2) | two halfwords of flags a lane (PAIRS) | barriers | STAGES x step
 #define TILES_AT (KEY_SLOTS * 2 * KEYS_BYTES)
 #define DS_AT (TILES_AT + STAGES * 2 * TILE_BYTES)
 #define STATS_AT (DS_AT + DS_SLOTS * KEYS * DS_ROW)
-#define BARRIERS_AT (STATS_AT + STAGES * QUERY_TILE * 8)
+#define DQ_AT (STATS_AT + STAGES * QUERY_TILE * 8)
+#define FLAGS_AT (DQ_AT + (SUMS == 2) * KEYS * HEAD_DIM * 4)
+#define BARRIERS_AT (FLAGS_AT + PAIRS * GROUPS * 128 * 4)
+#define TEAM_BYTES ((BARRIERS_AT + STAGES * 24 + (DS_SLOTS + KEY_SLOTS) * 16 + 1023) / 1024 * 1024)
 
 typedef float Block[QUERY_TILE / 8][4];    // 64 keys x 64 queries a group
 typedef u32 Fragments[QUERY_TILE / 16][4];  // the same rounded: A of the products over queries
@@ -29,6 +33,8 @@ struct Places {
     __device__ __forceinline__ u32 queries(u32 slot) const { return shared + TILES_AT + slot * 2 * TILE_BYTES; }
     __device__ __forceinline__ u32 ds(u32 slot) const { return shared + DS_AT + slot * KEYS * DS_ROW; }
     __device__ __forceinline__ u32 stats(u32 slot) const { return shared + STATS_AT + slot * QUERY_TILE * 8; }
+    __device__ __forceinline__ u32 dq(u32 warp) const { return shared + DQ_AT + warp * 16 * HEAD_DIM * 4; }
+    __device__ __forceinline__ u32 flags(u32 round, u32 warp) const { return shared + FLAGS_AT + (round * GROUPS * 4 + warp) * 64; }
     __device__ __forceinline__ u32 filled(u32 slot) const { return shared + BARRIERS_AT + slot * 8; }
     __device__ __forceinline__ u32 emptied(u32 slot) const { return shared + BARRIERS_AT + (STAGES + slot) * 8; }
     __device__ __forceinline__ u32 ds_filled(u32 slot) const { return shared + BARRIERS_AT + (2 * STAGES + slot) * 8; }
@@ -67,15 +73,16 @@ struct Sources {
 
     // 64 queries from `first` on, to a stage.
     __device__ __forceinline__ void copy(const Params& p, const Places& places, const Work& w, u32 slot, int first) const {
-        const int thread = threadIdx.x % COPIERS, row = first + thread;
+        const int thread = (COPIERS < 128 ? afresh(threadIdx.x) : threadIdx.x) % COPIERS;
         const u32 to = places.queries(slot);
         copy_panels<QUERY_TILE>(to, q, p.q_strides.row, first, w.q_len, p.head_dim);
         copy_panels<QUERY_TILE>(to + TILE_BYTES, dout, p.dout_strides.row, first, w.q_len, p.head_dim);
         // Rows past the end are zeros throughout: P is 1 there, but dO, D and q are 0 and add nothing.
-        if (thread < QUERY_TILE) {
-            const u32 stats_to = places.stats(slot) + stats_place(thread) * 4;
-            copy4(stats_to, &stats[row].x, row < w.q_len);
-            copy4(stats_to + QUERY_TILE * 4, &stats[row].y, row < w.q_len);
+#pragma unroll
+        for (int in = thread; in < QUERY_TILE; in += COPIERS) {
+            const u32 stats_to = places.stats(slot) + stats_place(in) * 4;
+            copy4(stats_to, &stats[first + in].x, first + in < w.q_len);
+            copy4(stats_to + QUERY_TILE * 4, &stats[first + in].y, first + in < w.q_len);
         }
     }
 };
@@ -89,15 +96,17 @@ __device__ __forceinline__ void copy_work(const Params& p, const Places& places,
     copy_panels<KEYS>(k_to + KEYS_BYTES, at(p.v, p.v_strides, w, w.k_start), p.v_strides.row, w.tile * KEYS, w.k_len, p.head_dim);
     announcer.next(places.keys_filled(keys.slot()));
     keys.next<KEY_SLOTS>();
-    const Sources sources(p, w);
     if (LISTED) {
+        Work here = w;
         WarpWalk<GROUPS, QUERY_TILE, 1> walk;
         walk.start_keys(p, w, w.tile * KEYS);
         bool last;
         do {
             announcer.await_empty(places.emptied(ring.slot()), ring.emptied());
             const Step step = walk.here();
-            if (step.who != 0) sources.copy(p, places, w, ring.slot(), step.row);
+            // Few copiers have few registers: what they can find from two numbers, they find anew.
+            if (TEAMS > 1) here.sample = afresh(w.sample), here.head = afresh(w.head);
+            if (step.who != 0) Sources(p, here).copy(p, places, w, ring.slot(), step.row);
             walk.next(p, step);
             last = walk.over();
             post_step(places.step(ring.slot()), step, last);
@@ -105,6 +114,10 @@ __device__ __forceinline__ void copy_work(const Params& p, const Places& places,
             ring.next<STAGES>();
         } while (!last);
     } else {
+    #if PERSISTENT
+    await_predecessor();  // the statistics are preprocess's, k and v of the caller
+#endif
+    const Sources sources(p, w);
         for (QueryTiles tile(p, w); tile.left(w); tile.next()) {
             announcer.await_empty(places.emptied(ring.slot()), ring.emptied());
             sources.copy(p, places, w, ring.slot(), tile.row);

@@ -105,6 +105,6 @@ __device__ __forceinline__ void finish(const Rows& rows, const Params& p, const 
 
 __device__ __forceinline__ void empty_rows(const Params& p, const Work& w) {
     zero_rows(at(p.out_written, p.out_strides, w, w.q_start), p.out_strides.row, w.q_len, p.head_dim, w.tile, p.tiles);
-    for (int row = w.tile * THREADS + threadIdx.x; row < w.q_len; row += p.tiles * THREADS)
+    for (int row = w.tile * TEAM_THREADS + team_thread(); row < w.q_len; row += p.tiles * TEAM_THREADS)
         p.lse[stats_at(p, w) + row] = -INFINITE;
 }

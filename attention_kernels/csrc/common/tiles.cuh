@@ -12,8 +12,15 @@
 
 #define THREADS (WARPS * 32)
 #define ROW_BYTES (HEAD_DIM * 2)
+// Hopper kernels: a block's warps may be several teams, each with a piece of work of its own.
+#ifndef TEAMS
+#define TEAMS 1
+#endif
+#define TEAM_THREADS (THREADS / TEAMS)
 #define CHUNKS (HEAD_DIM / 8)
 #define K_STEPS (HEAD_DIM / 16)
+
+__device__ __forceinline__ u32 team_thread() { return TEAMS == 1 ? threadIdx.x : threadIdx.x % TEAM_THREADS; }
 
 __device__ __forceinline__ int turn(int row) {
 #if HEAD_DIM == 16
@@ -121,9 +128,9 @@ __device__ __forceinline__ void store_rows(u16* base, i64 row_stride, int row, i
     }
 }
 
-// Zeros rows of one head that belong to no sequence; the tail's blocks share them by `tile` out of `tiles`.
+// Zeros rows of one head that belong to no sequence; the tail's teams share them by `tile` out of `tiles`.
 __device__ __forceinline__ void zero_rows(u16* base, i64 row_stride, int num_rows, int head_dim, int tile, int tiles) {
     const int words = head_dim / 2;
-    for (int row = tile * THREADS / 32 + threadIdx.x / 32; row < num_rows; row += tiles * THREADS / 32)
+    for (int row = tile * TEAM_THREADS / 32 + team_thread() / 32; row < num_rows; row += tiles * TEAM_THREADS / 32)
         for (int i = threadIdx.x & 31; i < words; i += 32) ((u32*)(base + (i64)row * row_stride))[i] = 0;
 }

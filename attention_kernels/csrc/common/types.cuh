@@ -24,7 +24,7 @@ struct Params {
     float* lse;          // (B, H, Lq) or (H, Tq)
     const float* dlse;   // same shape, or null
     float2* stats;       // same shape: (lse in base 2, rowsum(dO * O) - dlse)
-    float* dq_sums;      // same shape x HEAD_DIM, zeros at first: columns in the order of generic_backward_keys.cu
+    float* dq_sums;      // rows as generic_backward_keys.cu lays them, zeros at first, or the tiles of dq_tiles.cuh
     const int *cu_q, *cu_k, *key_lengths;  // null where the batch is not packed / has no lengths
     const u64* seed;     // two words, null without dropout
     // Block-sparse, else null: see walk.cuh. Kernels over keys get the layout's columns in the place of its rows.
@@ -54,14 +54,22 @@ __device__ __forceinline__ i64 clamp_row(i64 row, i64 low, i64 high) {
     return row < low ? low : row > high ? high : row;
 }
 
+// The same number, of which the compiler cannot know that. Why: what can be computed of it before a loop, the reciprocals of
+// divisions to begin with, the compiler would keep in registers through the loop.
+__device__ __forceinline__ u32 afresh(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // `id` counts tiles, then heads, then sequences: blockIdx.x, or what a persistent block takes next.
 __device__ __forceinline__ Work find_work(const Params& p, u32 id, bool last_tile_first) {
     Work w;
-    w.tile = id % p.tiles;
+    const u32 tiles = afresh(p.tiles), heads = afresh(p.heads), head = id / tiles;
+    w.tile = id % tiles;
     // Why: under a causal mask the last rows have most to do; started first, they leave no long tail.
-    if (last_tile_first) w.tile = p.tiles - 1 - w.tile;
-    w.head = (id / p.tiles) % p.heads;
-    w.sample = (id / p.tiles) / p.heads;
+    if (last_tile_first) w.tile = tiles - 1 - w.tile;
+    w.head = head % heads;
+    w.sample = head / heads;
     w.tail = false;
     w.q_start = w.k_start = 0;
     if (p.cu_q == nullptr) {

@@ -147,18 +147,20 @@ struct WarpWalk {
         if (start()) own.template open_keys<PART>(p, w, first_key + lane() * STRETCH);
     }
     __device__ __forceinline__ Step here() const {
+        if (LISTS == 1) return {own.row, own.row != NO_ROW};
         const int least = __reduce_min_sync(ALL_LANES, own.row == NO_ROW ? NO_ROW : own.served);
         const int row = __reduce_min_sync(ALL_LANES, own.served - least <= SLACK ? own.row : NO_ROW);
         return {row, __ballot_sync(ALL_LANES, row != NO_ROW && own.row == row)};
     }
     // Past that step.
     __device__ __forceinline__ void next(const Params& p, const Step& step) {
-        if (step.who >> lane() & 1) own.template advance<PART>(p.col_idx, p.block_size);
+        if (LISTS == 1 ? step.who : step.who >> lane() & 1) own.template advance<PART>(p.col_idx, p.block_size);
     }
-    __device__ __forceinline__ bool over() const { return __all_sync(ALL_LANES, own.row == NO_ROW); }
+    __device__ __forceinline__ bool over() const { return LISTS == 1 ? own.row == NO_ROW : __all_sync(ALL_LANES, own.row == NO_ROW); }
 
    private:
-    static __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
+    // A single list all lanes hold.
+    static __device__ __forceinline__ int lane() { return LISTS == 1 ? 0 : threadIdx.x & 31; }
     __device__ __forceinline__ bool start() {
         own.row = NO_ROW;
         own.served = 0;

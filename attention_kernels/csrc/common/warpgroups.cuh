@@ -9,11 +9,29 @@
 #include "walk.cuh"
 #include "wgmma.cuh"
 
-#define COPIERS 128
+// A block's computing groups and its four copying warps fall into TEAMS that share nothing but the multiprocessor: each has
+// pieces of work, stages and copiers of its own. Why, and not a block each: four warps that copy are then enough for all, and
+// registers are handed over by the four warps. Block-sparse, a team of one group, or of those of one block of the layout, has
+// one list, and no group waits through stages that only others want.
+#define GROUPS (WARPS / 4 / TEAMS)
+#define COPYING 128
+#define COPIERS (TEAMS == 1 ? 128 : TEAMS == 2 ? 64 : 32)
 
-// Registers a thread: the block starts with an even share; copiers give up what the computing warpgroups take.
+// Beyond the last team where three share four copying warps.
+__device__ __forceinline__ u32 this_team() {
+    if (TEAMS == 1) return 0;
+    const u32 thread = afresh(threadIdx.x);
+    return thread < THREADS ? thread / TEAM_THREADS : (thread - THREADS) / COPIERS;
+}
+__device__ __forceinline__ u32 this_group() { return team_thread() / 128; }
+__device__ __forceinline__ u32 this_warp() { return team_thread() >> 5; }
+
+// Registers a thread: the block starts with an even share; copiers give up what the computing warpgroups take. A team's few
+// copiers have more to count, and keep as many as its kernel (TEAM_COPIER_REGISTERS) can spare.
 __device__ constexpr int even_share(int groups, int blocks) { return 65536 / (blocks * (groups + 1) * 128) / 8 * 8; }
-__device__ constexpr int copier_registers(int groups, int blocks) { return even_share(groups, blocks) >= 168 ? 40 : 32; }
+__device__ constexpr int copier_registers(int groups, int blocks) {
+    return TEAMS > 1 ? TEAM_COPIER_REGISTERS : even_share(groups, blocks) >= 168 ? 40 : 32;
+}
 __device__ constexpr int computer_registers(int groups, int blocks) {
     const int share = (even_share(groups, blocks) * (groups + 1) - copier_registers(groups, blocks)) / groups / 8 * 8;
     return share < 240 ? share : 240;
@@ -132,52 +150,59 @@ __device__ __forceinline__ Step read_step(u32 from) {
 
 // The computing groups take turns at queueing products. Why: the tensor cores serve queued products of several groups side
 // by side, so groups that queue together also finish together, and then compete for the exponential unit; in turn, one
-// multiplies while another exponentiates. Named barriers 1 to GROUPS; every group must take equally many turns.
-template <int GROUPS>
+// multiplies while another exponentiates. Named barriers 1 to the number of the block's groups; every group of a team must
+// take equally many turns. COUNT groups take turns: all of the block's, or the two of a team.
+template <int COUNT>
 struct Turn {
-    int group;
+    int group;  // of the block
     __device__ __forceinline__ explicit Turn(int group) : group(group) {
-        if (GROUPS > 1 && group == GROUPS - 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
+        if (COUNT > 1 && (COUNT == 2 ? group & 1 : group == COUNT - 1)) pass();
     }
     __device__ __forceinline__ void take() const {
-        if (GROUPS > 1) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
+        if (COUNT > 1) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
     }
     __device__ __forceinline__ void pass() const {
-        if (GROUPS > 1) asm volatile("bar.arrive %0, 256;" ::"r"(group + 1 == GROUPS ? 1 : 2 + group) : "memory");
+        const int next = COUNT == 2 ? group ^ 1 : group + 1 == COUNT ? 0 : group + 1;
+        if (COUNT > 1) asm volatile("bar.arrive %0, 256;" ::"r"(1 + next) : "memory");
     }
 };
 
-// The pieces of work of one block, when as many blocks are launched as run at a time: one of each round of gridDim.x, the
+// The pieces of work of one team, when as many blocks are launched as run at a time: one of each round of all teams, the
 // next one along in the next round. Why along: lengths of work repeat with the tiles of a sequence, and a fixed place
-// would give one block the short ones and another the long ones whenever their number divides gridDim.x.
+// would give one team the short ones and another the long ones whenever their number divides that of the teams.
+// One number and the rest found anew: it lives through the whole kernel.
 struct Works {
-    u32 round_start, place, total;
+    u32 id;
 
+    __device__ __forceinline__ Works() : id(blockIdx.x * TEAMS + this_team()) {}
     // Packed: one sequence more, the rows after the last one.
-    __device__ __forceinline__ explicit Works(const Params& p)
-        : round_start(0), place(blockIdx.x), total((u32)p.tiles * p.heads * (p.batch + (p.cu_q != nullptr))) {}
-    __device__ __forceinline__ bool left() const { return round_start < total; }
-    __device__ __forceinline__ bool here() const { return round_start + place < total; }
-    __device__ __forceinline__ u32 id() const { return round_start + place; }
+    __device__ __forceinline__ bool left(const Params& p) const { return id < afresh(p.tiles) * p.heads * (p.batch + (p.cu_q != nullptr)); }
     __device__ __forceinline__ void next() {
-        round_start += gridDim.x;
-        place = place + 1 == gridDim.x ? 0 : place + 1;
+        const u32 teams = afresh(gridDim.x) * TEAMS;
+        id += id % teams == teams - 1 ? 1 : teams + 1;
     }
 };
 
-// Copies rows [first, first + ROWS) of a matrix to a tile with 128 threads. Rows from `num_rows` on and columns from
-// `head_dim` on are zeros in the tile and are not read: what lies there may be anything, NaN included.
-template <int ROWS>
+// Copies rows [first, first + ROWS) of a matrix to a tile with THREADS_OF_COPY threads. Rows from `num_rows` on and columns
+// from `head_dim` on are zeros in the tile and are not read: what lies there may be anything, NaN included. A pass has a
+// power of two of rows, so turn(row + r) is turn(row) ^ turn(r).
+template <int ROWS, int THREADS_OF_COPY = COPIERS>
 __device__ __forceinline__ void copy_panels(u32 tile, const u16* base, i64 row_stride, int first, int num_rows, int head_dim) {
-    constexpr int ROW_CHUNKS = HEAD_DIM / 8, PANEL_CHUNKS = PANEL / 8;
-    constexpr int USED = COPIERS / (8 * ROW_CHUNKS) * (8 * ROW_CHUNKS), ROWS_A_PASS = USED / ROW_CHUNKS;
-    static_assert(ROWS % ROWS_A_PASS == 0 || ROWS < ROWS_A_PASS, "threads share the chunks evenly");
-    static_assert(ROWS_A_PASS % 8 == 0, "a pass keeps the turn of a row");
-    const int thread = threadIdx.x % COPIERS, row = thread / ROW_CHUNKS, chunk = thread % ROW_CHUNKS;
-    if (thread >= min(USED, ROWS * ROW_CHUNKS)) return;
+    constexpr int ROW_CHUNKS = HEAD_DIM / 8, PANEL_CHUNKS = PANEL / 8, MOST = THREADS_OF_COPY / ROW_CHUNKS;
+    constexpr int ROWS_A_PASS = MOST >= 64 ? 64 : MOST >= 32 ? 32 : MOST >= 16 ? 16 : MOST >= 8 ? 8 : MOST >= 4 ? 4 : 2;
+    static_assert(ROWS % ROWS_A_PASS == 0, "threads share the chunks evenly");
+    // Why: few threads make many passes, and the compiler would keep the distances of all of them in registers.
+    u32 at_block = threadIdx.x;
+    if (COPIERS < 128) asm volatile("" : "+l"(row_stride), "+r"(at_block));
+    const int thread = at_block % THREADS_OF_COPY, row = thread / ROW_CHUNKS, chunk = thread % ROW_CHUNKS;
+    if (row >= ROWS_A_PASS) return;
     const u16* from = base + (i64)(first + row) * row_stride + chunk * 8;
     const int left = chunk * 8 < head_dim ? num_rows - first - row : 0;
     const u32 to = tile + chunk / PANEL_CHUNKS * (ROWS * PANEL_ROW) + row * PANEL_ROW + ((chunk % PANEL_CHUNKS ^ turn(row)) << 4);
 #pragma unroll
-    for (int r = 0; r < ROWS; r += ROWS_A_PASS) copy16(to + r * PANEL_ROW, from + r * row_stride, r < left);
+    for (int r = 0; r < ROWS; r += ROWS_A_PASS) {
+        copy16((to + r * PANEL_ROW) ^ turn(r) << 4, from, r < left);
+        from += ROWS_A_PASS * row_stride;
+        if (COPIERS < 128) asm volatile("" : "+l"(from));
+    }
 }
