@@ -71,8 +71,8 @@ _ready: dict[tuple[int, int], _Ready] = {}
 def launch(plan: Plan, index: int, blocks: int, parameters: Sequence[int | float], overlap: bool = False) -> None:
     """Launch `blocks` blocks of the plan's kernel on the current stream of CUDA device `index`; builds it if need be.
 
-    `parameters` are the fields of struct Params (csrc/common/types.cuh). `overlap` lets it begin before the kernel before
-    it has ended (programmatic dependent launch, from 9.0 on); both must be written for that (csrc/common/overlap.cuh).
+    `parameters` are the fields of struct Params (csrc/common/types.cuh). `overlap` lets it begin before the kernel in
+    front of it has ended (programmatic dependent launch, from 9.0 on), where both are written for that (overlap.cuh).
     """
     if blocks == 0:
         return
