@@ -257,8 +257,7 @@ def _stage(value: Mapping[str, Any]) -> StageRecord:
 
 def _with_state(record: ChainRecord) -> ChainRecord:
     """Bring a chain that is not finished up to what its stages' folders say: a killed one could not write it down."""
-    gpus = int((record.device or "1").split()[0])
-    stages = [s if s.status == "finished" else _live(s, record.path / s.name, gpus) for s in record.stages]
+    stages = [s if s.status == "finished" else _live(s, record.path / s.name) for s in record.stages]
     reason, at = record.reason, next((s for s in stages if s.status != "finished"), None)
     if at is not None and record.status != "failed":
         where = f"Stage {at.name} is at step {at.step:,} of {at.steps:,}."
@@ -269,20 +268,20 @@ def _with_state(record: ChainRecord) -> ChainRecord:
     return replace(record, stages=tuple(stages), reason=reason)
 
 
-def _live(stage: StageRecord, folder: Path, num_gpus: int) -> StageRecord:
+def _live(stage: StageRecord, folder: Path) -> StageRecord:
     """Return a stage with step, minutes and curve as its log has them."""
-    train_s, points, losses, step = 0.0, [], [], 0
+    spent_s, points, losses, step = 0.0, [], [], 0
     for line in _log_lines(folder / "metrics.jsonl"):
         step = max(step, count(line.get("step")) or 0)
         if line.get("kind") == "train":
-            train_s = number(line.get("train_s")) or train_s
+            spent_s = number(line.get("train_gpu_s")) or spent_s
             losses.append(number(line.get("loss")) or 0.0)
         elif (accuracy := number(line.get("accuracy"))) is not None:
-            points.append(Point(train_s * num_gpus / 60.0, accuracy))
+            points.append(Point(spent_s / 60.0, accuracy))
     low, high = STUCK_BAND
     at_ln2 = len(losses) >= STUCK_LINES and all(low <= loss <= high for loss in losses[-STUCK_LINES:])
     spent = stage.minutes["training"] + stage.minutes["compilation"]
-    minutes = {**stage.minutes, "training": stage.minutes["training"] + max(train_s * num_gpus / 60.0 - spent, 0.0)}
+    minutes = {**stage.minutes, "training": stage.minutes["training"] + max(spent_s / 60.0 - spent, 0.0)}
     return replace(stage, step=step, minutes=minutes, curve=tuple(points) or stage.curve, at_ln2=at_ln2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Scores:
     predictions: np.ndarray
     labels: np.ndarray
     loss: float
+    earlier: tuple[float, float] = (0.0, 0.0)
+    """Seconds of earlier slices that a stop ended: of the clock, and of all processes together."""
 
     @property
     def correct(self) -> int:
@@ -139,7 +142,8 @@ def evaluate(
     file is removed at the end; its name must tell model and split apart.
     """
     key = _partial_key(config, len(indices))
-    predictions, loss_sum, start = _read_partial(partial, key, len(indices), world)
+    predictions, loss_sum, start, earlier = _read_partial(partial, key, len(indices), world)
+    begun = time.perf_counter()
     device, was_training = world.device, model.training
     found: list[tuple[np.ndarray, Tensor]] = []
     loss = torch.tensor(loss_sum, dtype=torch.float64, device=device)
@@ -160,7 +164,9 @@ def evaluate(
                 done = after
                 if stop is not None and done < len(indices) and world.any(stop.reason is not None):
                     predictions, loss_sum = _merge(world, *_read(predictions, found, loss))
-                    _write_partial(world, partial, key, predictions, loss_sum, done)
+                    spent = time.perf_counter() - begun
+                    spent_in_all = (earlier[0] + spent, earlier[1] + spent * world.size)
+                    _write_partial(world, partial, key, predictions, loss_sum, done, spent_in_all)
                     raise Stopped(f"Stopped after evaluating {done:,} of {len(indices):,} examples: {stop.why}.")
     finally:
         feed.close()
@@ -169,7 +175,7 @@ def evaluate(
     if partial is not None and world.is_main:
         partial.unlink(missing_ok=True)
     labels = np.asarray(cache.labels[indices], dtype=np.int64)
-    return Scores(predictions, labels, loss_sum / max(len(indices), 1))
+    return Scores(predictions, labels, loss_sum / max(len(indices), 1), earlier)
 
 
 class Pace:
@@ -214,24 +220,38 @@ def _partial_key(config: RunConfig, total: int) -> str:
     return hashlib.sha256(json.dumps([values, total], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_partial(partial: Path | None, key: str, total: int, world: World) -> tuple[np.ndarray, float, int]:
-    predictions = np.full(total, -1, dtype=np.int64)
+def _read_partial(
+    partial: Path | None, key: str, total: int, world: World
+) -> tuple[np.ndarray, float, int, tuple[float, float]]:
+    predictions, none = np.full(total, -1, dtype=np.int64), (0.0, 0.0)
     if partial is None or not partial.exists():
-        return predictions, 0.0, 0
+        return predictions, 0.0, 0, none
     saved = json.loads(partial.read_text(encoding="utf-8"))
     if saved["key"] != key:
-        return predictions, 0.0, 0
-    done = int(saved["done"])
+        return predictions, 0.0, 0, none
+    done, seconds = int(saved["done"]), (float(saved["seconds"][0]), float(saved["seconds"][1]))
     if not world.is_main:
         # The parts are summed at the end: only one process brings in what is already known.
-        return predictions, 0.0, done
+        return predictions, 0.0, done, seconds
     predictions[:done] = saved["predictions"]
-    return predictions, float(saved["loss_sum"]), done
+    return predictions, float(saved["loss_sum"]), done, seconds
 
 
 def _write_partial(
-    world: World, partial: Path | None, key: str, predictions: np.ndarray, loss_sum: float, done: int
+    world: World,
+    partial: Path | None,
+    key: str,
+    predictions: np.ndarray,
+    loss_sum: float,
+    done: int,
+    seconds: tuple[float, float],
 ) -> None:
     if partial is not None and world.is_main:
-        saved = {"key": key, "done": done, "loss_sum": loss_sum, "predictions": predictions[:done].tolist()}
+        saved = {
+            "key": key,
+            "done": done,
+            "loss_sum": loss_sum,
+            "seconds": seconds,
+            "predictions": predictions[:done].tolist(),
+        }
         write_json_atomic(partial, saved)

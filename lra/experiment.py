@@ -157,7 +157,7 @@ def final_result(
     matrix = confusion(chosen.labels.tolist(), chosen.predictions.tolist(), get(config.task.name).num_classes)
     seconds = max(learner.watch["train"], 1e-9)
     windows = [r for r in run.metrics() if r["kind"] == "train" and "examples_per_s" in r]
-    rates, size = [r["tokens_per_s"] for r in windows], config.train.batch_size // world.size
+    rates, size = [r["tokens_per_s"] for r in windows], config.train.batch_size
     result |= {
         "status": "finished",
         "step": learner.step,
@@ -165,6 +165,9 @@ def final_result(
         "val": {"best": None if best is None else {"step": best.step, **best.summary}},
         "train_s": learner.watch["train"],
         "eval_s": learner.watch["eval"],
+        # Of all processes together, which need not have been equally many all the time.
+        "train_gpu_s": learner.watch.of_all("train"),
+        "eval_gpu_s": learner.watch.of_all("eval"),
         "compile_s": learner.watch["compile"],
         "wall_s": learner.watch["train"] + learner.watch["eval"],
         "steps_per_s": learner.step / seconds,
@@ -200,6 +203,8 @@ def test_weights(
         with learner.watch.measure("eval"):
             name = f"best-step{best.step}"
             tests["best_val"] = _test(learner.model, config, data, run, world, stop, name)
+    for scores in {id(scores): scores for scores in tests.values()}.values():
+        learner.watch.add("eval", *scores.earlier)
     return tests
 
 

@@ -127,6 +127,7 @@ def make_learner(config: RunConfig, world: World) -> Learner:
         optimizer=make_optimizer(model, config.train),
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16"),
         ema=None if config.train.ema is None else Ema(model, config.train.ema),
+        watch=Stopwatch(processes=world.size),
     )
     # The attribute is torch's own sign of an optimizer that honours found_inf.
     holds_back = getattr(learner.optimizer, "_step_supports_amp_scaling", False)
@@ -227,7 +228,7 @@ def restore(learner: Learner, config: RunConfig, run: RunDir, world: World) -> N
     learner.num_resumed = state["num_resumed"] + 1
     learner.overflows = state["overflows"]
     learner.window = Window(**state["window"])
-    learner.watch = Stopwatch(state["seconds"])
+    learner.watch = Stopwatch(state["seconds"], world.size)
     learner.saved = (learner.step, learner.evaluated_step)
     if learner.scaler.is_enabled():
         learner.scaler.load_state_dict(state["scaler"])

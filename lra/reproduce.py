@@ -157,7 +157,7 @@ def chosen_test(result: dict[str, Any]) -> dict[str, Any]:
 
 def describe(chain: Chain, world: World, status: str, reason: str | None, probes: dict[str, Any]) -> dict[str, Any]:
     """Return what is known of a chain: accuracy, GPU minutes by kind of work, restarts, every stage."""
-    stages = [stage_summary(chain, index, world.size) for index in range(len(chain.configs))]
+    stages = [stage_summary(chain, index) for index in range(len(chain.configs))]
     last = RunDir(chain.stage_folder(len(stages) - 1)).result() or {}
     here = environment()
     minutes = {kind: sum(s["gpu_minutes"][kind] for s in stages) for kind in stages[0]["gpu_minutes"]}
@@ -184,17 +184,17 @@ def describe(chain: Chain, world: World, status: str, reason: str | None, probes
     }
 
 
-def stage_summary(chain: Chain, index: int, num_gpus: int) -> dict[str, Any]:
+def stage_summary(chain: Chain, index: int) -> dict[str, Any]:
     """Return what is known of one stage; minutes are those of all its GPUs together."""
     config, run = chain.configs[index], RunDir(chain.stage_folder(index))
     result = run.result() or {}
     seconds = {kind: float(result.get(key, 0.0)) for kind, key in TIMES.items()}
     given_up = attempts(run)
-    seconds["given_up"] = lost_seconds(given_up)
+    seconds["given_up"] = lost_seconds(given_up, of_all=True)
     steps_per_s = result.get("steady_steps_per_s")
     seconds["compilation"] = start_up_seconds(run)
     seconds["training"] = max(seconds["training"] - seconds["compilation"], 0.0)
-    minutes = {kind: value * num_gpus / 60.0 for kind, value in seconds.items()}
+    minutes = {kind: value / 60.0 for kind, value in seconds.items()}
     minutes["total"] = sum(minutes.values())
     finished = result.get("status") == "finished"
     return {
@@ -212,11 +212,11 @@ def stage_summary(chain: Chain, index: int, num_gpus: int) -> dict[str, Any]:
         "attention": config.attention.backend,
         "images_per_s": None if not steps_per_s else steps_per_s * config.train.batch_size,
         "gpu_minutes": minutes,
-        "curve": validation_curve(run, num_gpus),
+        "curve": validation_curve(run),
     }
 
 
-TIMES = {"training": "train_s", "evaluation": "eval_s"}
+TIMES = {"training": "train_gpu_s", "evaluation": "eval_gpu_s"}
 
 
 def changed_options(config: RunConfig) -> dict[str, Any]:
@@ -226,11 +226,11 @@ def changed_options(config: RunConfig) -> dict[str, Any]:
 
 
 def start_up_seconds(run: RunDir) -> float:
-    """Return the seconds of training that went into compiling and recording rather than into steps.
+    """Return the GPU seconds of training that went into compiling and recording rather than into steps.
 
     Windows of the log that took more than twice the median one count with what they took beyond it.
     """
-    ends = [(record["step"], record["train_s"]) for record in run.metrics() if record["kind"] == "train"]
+    ends = [(record["step"], record["train_gpu_s"]) for record in run.metrics() if record["kind"] == "train"]
     spans = [(s1 - s0, t1 - t0) for (s0, t0), (s1, t1) in pairwise([(0, 0.0), *ends]) if s1 > s0]
     if len(spans) < 3:
         return 0.0
@@ -238,14 +238,14 @@ def start_up_seconds(run: RunDir) -> float:
     return sum(seconds - steps * usual for steps, seconds in spans if seconds > 2 * steps * usual)
 
 
-def validation_curve(run: RunDir, num_gpus: int) -> list[dict[str, float]]:
+def validation_curve(run: RunDir) -> list[dict[str, float]]:
     """Return validation accuracy against the stage's GPU minutes of training."""
-    train_s, points = 0.0, []
+    spent_s, points = 0.0, []
     for record in run.metrics():
         if record["kind"] == "train":
-            train_s = record["train_s"]
+            spent_s = record["train_gpu_s"]
         else:
-            point = {"step": record["step"], "gpu_minutes": train_s * num_gpus / 60.0}
+            point = {"step": record["step"], "gpu_minutes": spent_s / 60.0}
             points.append(point | {key: record[key] for key in ("accuracy", "loss", "total")})
     return points
 

@@ -53,10 +53,11 @@ def attempts(run: RunDir) -> list[dict[str, Any]]:
     return found
 
 
-def lost_seconds(given_up: list[dict[str, Any]]) -> float:
-    """Return the seconds of training and evaluation in attempts that were given up."""
-    # Other kinds of work in the stopwatch lie within these two.
-    return sum(attempt.get("seconds", {}).get(kind, 0.0) for attempt in given_up for kind in ("train", "eval"))
+def lost_seconds(given_up: list[dict[str, Any]], *, of_all: bool = False) -> float:
+    """Return the seconds of training and evaluation in attempts that were given up, or of all processes together."""
+    # Other kinds of work in the stopwatch lie within these.
+    kinds = ("train_of_all", "eval_of_all") if of_all else ("train", "eval")
+    return sum(attempt.get("seconds", {}).get(kind, 0.0) for attempt in given_up for kind in kinds)
 
 
 def attempt_config(config: RunConfig, number: int) -> RunConfig:

@@ -198,10 +198,13 @@ def _output(*command: str) -> str | None:
 
 
 class Stopwatch:
-    """Seconds spent in named kinds of work, carried over resumes."""
+    """Seconds spent in named kinds of work, carried over resumes: by the clock, and of all processes together.
 
-    def __init__(self, seconds: dict[str, float] | None = None) -> None:
-        self.seconds = dict(seconds or {})
+    A run may go on with another number of processes, so what it cost is not the clock's time by any one number.
+    """
+
+    def __init__(self, seconds: dict[str, float] | None = None, processes: int = 1) -> None:
+        self.seconds, self.processes = dict(seconds or {}), processes
 
     @contextmanager
     def measure(self, kind: str) -> Iterator[None]:
@@ -210,7 +213,17 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            self.add(kind, elapsed, elapsed * self.processes)
+
+    def add(self, kind: str, seconds: float, of_all: float) -> None:
+        """Add to `kind` time of the clock, and of all processes together."""
+        for key, value in ((kind, seconds), (f"{kind}_of_all", of_all)):
+            self.seconds[key] = self.seconds.get(key, 0.0) + value
+
+    def of_all(self, kind: str) -> float:
+        """Return the seconds of all processes together: GPU seconds."""
+        return self[f"{kind}_of_all"]
 
     def __getitem__(self, kind: str) -> float:
         return self.seconds.get(kind, 0.0)

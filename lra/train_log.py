@@ -65,6 +65,7 @@ class Logger:
 
     def __init__(self, config: RunConfig, run: RunDir, world: World, learner: Learner) -> None:
         self.config, self.run, self.learner, self.is_main = config, run, learner, world.is_main
+        self.processes = world.size
         self.warned = False
         self.board: Any = None
         if self.is_main:
@@ -93,9 +94,11 @@ class Logger:
             "loss": mean_loss,
             "learning_rate": learning_rate(step - 1, self.config.train),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "examples_per_s": window.num_examples / elapsed,
-            "tokens_per_s": window.num_tokens / elapsed,
+            # Of all processes, of which each has its share.
+            "examples_per_s": self.processes * window.num_examples / elapsed,
+            "tokens_per_s": self.processes * window.num_tokens / elapsed,
             "train_s": train_s,
+            "train_gpu_s": self.learner.watch.of_all("train"),
         }
         self.write(record)
         self.watch_chance(mean_loss)

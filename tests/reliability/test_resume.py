@@ -384,8 +384,14 @@ def test_minutes_stop_the_final_test_and_the_evaluation(
         "train", recipe, f"runs_folder={tmp_path}", "name=run", code=75, faults=(("stop_after_eval_batches", 22),)
     )
     assert f"--resume {tmp_path}/run" in child.text()
-    assert len(list((tmp_path / "run").glob("partial-test-*"))) == 1
+    (partial,) = (tmp_path / "run").glob("partial-test-*")
+    saved = json.loads(partial.read_text())
+    assert 0 < saved["seconds"][0] == saved["seconds"][1]  # by the clock, and of the one process
+    partial.write_text(json.dumps(saved | {"seconds": [100.0, 800.0]}))  # as if eight had spent them
     server.run("train", "--resume", tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 100 < result["eval_s"] < 200 and result["eval_gpu_s"] == pytest.approx(result["eval_s"] + 700)
+    assert result["train_gpu_s"] == pytest.approx(result["train_s"])
     assert list((tmp_path / "run").glob("partial-*")) == []
     assert_same_outcome(tmp_path / "run", undisturbed)
 

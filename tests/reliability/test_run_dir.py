@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lra.base.errors import RunError
-from lra.run_dir import RunDir
+from lra.run_dir import RunDir, Stopwatch
 from tests.reliability.tools import Server, assert_same_outcome, tiny_config
 
 
@@ -98,3 +98,14 @@ def test_a_runs_folder_that_is_a_file_is_the_users_error(server: Server, recipe:
     (tmp_path / "file").write_text("")
     child = server.run("train", recipe, f"runs_folder={tmp_path / 'file'}", "name=run", code=2)
     assert "could not be written" in child.text() and "Traceback" not in child.text()
+
+
+def test_time_is_kept_by_the_clock_and_of_all_processes() -> None:
+    alone = Stopwatch()
+    alone.add("train", 3.0, 3.0)
+    shared = Stopwatch(alone.seconds, processes=8)
+    with shared.measure("train"):
+        pass
+    spent = shared["train"] - 3.0
+    assert spent > 0 and shared.of_all("train") == pytest.approx(3.0 + 8 * spent)
+    assert alone["train"] == alone.of_all("train") == 3.0 and alone["eval"] == alone.of_all("eval") == 0.0

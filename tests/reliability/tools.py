@@ -25,7 +25,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 LIMIT_S = 60.0
 # What may differ between two equal runs: clocks, how the run came about, what else happens in the checkout.
 CLOCKS = {
-    "examples_per_s", "tokens_per_s", "train_s", "eval_s", "compile_s", "wall_s",
+    "examples_per_s", "tokens_per_s", "train_s", "eval_s", "train_gpu_s", "eval_gpu_s", "compile_s", "wall_s",
     "steps_per_s", "steady_steps_per_s", "date",
 }  # fmt: skip
 ORIGINS = {"resumed", "name", "commit", "dirty", "code"}

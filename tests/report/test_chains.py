@@ -75,7 +75,7 @@ def write_chain(
 def write_log(folder: Path, losses: list[float], accuracy: float = 0.5) -> None:
     """Write a stage's metrics.jsonl with a line a loss, 10 seconds each, and a validation at the end."""
     lines: list[dict[str, Any]] = [
-        {"kind": "train", "step": 50 * i, "loss": loss, "train_s": 10.0 * i} for i, loss in enumerate(losses, 1)
+        {"kind": "train", "step": 50 * i, "loss": loss, "train_gpu_s": 10.0 * i} for i, loss in enumerate(losses, 1)
     ]
     lines.append({"kind": "eval", "step": 50 * len(losses), "accuracy": accuracy, "loss": 0.7, "total": 100})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

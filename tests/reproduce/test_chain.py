@@ -142,7 +142,7 @@ def test_compiling_is_told_apart_from_steps(tmp_path: Path) -> None:
     # Steps of 0.1 s; 30 s before the first line, and 5 s more after a resume between steps 40 and 50.
     times = {10: 31.0, 20: 32.0, 30: 33.0, 40: 34.0, 50: 40.0, 60: 41.0}
     for step, train_s in times.items():
-        run.log({"kind": "train", "step": step, "train_s": train_s})
+        run.log({"kind": "train", "step": step, "train_gpu_s": train_s})
     assert reproduce.start_up_seconds(run) == pytest.approx(35.0)
 
 
