@@ -91,8 +91,8 @@ class ChainRecord:
 
     @property
     def counted(self) -> bool:
-        """Whether it enters a mean: finished and tested, also when at chance."""
-        return self.status == "finished" and self.test is not None
+        """Whether it enters a mean: its last stage was tested, at chance or not, whatever extra sets are still to come."""
+        return self.test is not None
 
     @property
     def at_chance(self) -> bool:
@@ -101,9 +101,9 @@ class ChainRecord:
 
     @property
     def outcome(self) -> str:
-        """The status; "at chance" for a finished chain that learned nothing, "stuck" for one that sits at ln 2."""
-        if self.counted and self.at_chance:
-            return "at chance"
+        """The status; "at chance" for a tested chain that learned nothing, "stuck" for one that sits at ln 2."""
+        if self.counted:
+            return "at chance" if self.at_chance else "finished"
         return "stuck" if self.status == "unfinished" and any(s.at_ln2 for s in self.stages) else self.status
 
     @property

@@ -250,3 +250,15 @@ def test_hostile_chains_are_corrupt_and_nothing_more(change: dict[str, Any], tmp
     assert chain.status == "corrupt" and chain.reason
     build_report([tmp_path], tmp_path / "out", now=NOW)
     assert "corrupt" in (tmp_path / "out/index.html").read_text()
+
+
+def test_a_chain_stopped_among_its_extra_sets_counts(tmp_path: Path) -> None:
+    """Its last stage was tested on the whole test split, which is all that a mean is made of."""
+    write_chain(tmp_path, "open", 1, 0.99)
+    write_chain(tmp_path, "open", 2, 0.98, status="stopped", reason="Time is over.", probes={})
+    write_chain(tmp_path, "open", 3, 0.5, status="stopped", reason="Time is over.", test=None)
+    build_report([tmp_path], tmp_path / "out", now=NOW)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "2 chains counted, 1 not." in text and "98.50" in text
+    assert "pathx-open-s3" in text.split("Chains that are not counted")[1].split("##")[0]
+    assert "pathx-open-s2" not in text.split("Chains that are not counted")[1].split("##")[0]
