@@ -91,7 +91,7 @@ class ChainRecord:
 
     @property
     def counted(self) -> bool:
-        """Whether it enters a mean: its last stage was tested, at chance or not, whatever extra sets are still to come."""
+        """Whether it enters a mean: its last stage was tested, whatever extra sets are still to come."""
         return self.test is not None
 
     @property
