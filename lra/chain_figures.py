@@ -131,6 +131,7 @@ def _marks(axes: Axes, published: Sequence[Published]) -> None:
             ha="left",
             va="top" if below else "bottom",
             fontsize=7.5,
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
         )
 
 
