@@ -131,7 +131,9 @@ def _marks(axes: Axes, published: Sequence[Published]) -> None:
             ha="left",
             va="top" if below else "bottom",
             fontsize=7.5,
+            # Under the curves, which may run through it.
             bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
+            zorder=1.5,
         )
 
 
