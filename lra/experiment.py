@@ -24,10 +24,10 @@ from lra.base.files import write_json_atomic, write_text_atomic
 from lra.board import write_examples_and_hparams
 from lra.config import RunConfig
 from lra.distributed import World, join_world
-from lra.evaluate import Scores, evaluate
+from lra.evaluate import Scores, batch_size, evaluate
 from lra.feed import Data
 from lra.learner import Learner, load_weights
-from lra.memory import check_fits, estimate
+from lra.memory import check_evaluation_fits, check_fits, estimate
 from lra.model import Classifier, num_parameters
 from lra.preempt import StopRequest, catch_signals
 from lra.recipes import differences
@@ -243,7 +243,8 @@ def run_evaluation(
         saved = checkpoint_of(run, which)
         model = Classifier(config).to(world.device)
         load_weights(model, saved.tensors, averaged=True)
-        check_fits(config, num_parameters(model), world.device, world.size)
+        at_once = -(-batch_size(config, data.cache.documents, world.device.type == "cuda") // world.size)
+        check_evaluation_fits(config, num_parameters(model), world.device, at_once)
         try:
             scores = _test(model, config, data, run, world, stop, f"{which}-step{saved.step}")
         except Stopped as e:

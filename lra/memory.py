@@ -45,7 +45,7 @@ def estimate(config: RunConfig, num_parameters: int, world_size: int = 1) -> Est
     length = min(max(config.data.keep_tokens, default=config.max_length), config.max_length)
     length += int(model.pooling == "cls")
     element = 4 if train.precision == "fp32" else 2
-    row = WIDTH_COPIES * 4 * model.width + element * (5 * model.attention_width + 3 * model.mlp_width)
+    row = row_bytes(config)
     activations = sequences * length * (model.depth * row + 4 * 4 * model.width)
     if train.denoise is not None:
         # Guesses over 256 bytes for every row, in float32 and in the training's precision, and their gradients.
@@ -59,6 +59,39 @@ def estimate(config: RunConfig, num_parameters: int, world_size: int = 1) -> Est
         if config.data.keep_tokens:
             scores = max(scores, evaluation_scores(config, world_size) * element)
     return Estimate(num_parameters * 4 * (5 if train.ema else 4), activations, scores)
+
+
+def row_bytes(config: RunConfig) -> int:
+    """Return what a layer holds for one token."""
+    model, element = config.model, 4 if config.train.precision == "fp32" else 2
+    return WIDTH_COPIES * 4 * model.width + element * (5 * model.attention_width + 3 * model.mlp_width)
+
+
+def evaluation_estimate(config: RunConfig, num_parameters: int, examples: int) -> Estimate:
+    """Estimate the peak of an evaluation with batches of so many whole examples: one layer at a time, no gradients."""
+    model, sequences = config.model, get(config.task.name).documents * examples
+    length = config.max_length + int(model.pooling == "cls")
+    activations = sequences * length * (row_bytes(config) + 4 * 4 * model.width)
+    scores = 0
+    if config.attention.backend == "standard":
+        scores = 2 * sequences * model.num_heads * length**2 * (4 if config.train.precision == "fp32" else 2)
+    return Estimate(num_parameters * 4, activations, scores)
+
+
+def check_evaluation_fits(config: RunConfig, num_parameters: int, device: torch.device, examples: int) -> Estimate:
+    """Return the estimate for batches of `examples`, or raise MemoryShortError with the largest batch that fits."""
+    needed, available = evaluation_estimate(config, num_parameters, examples), available_bytes(device)
+    if needed.total <= available:
+        return needed
+    fits = int(examples * (available - needed.parameters) / max(needed.total - needed.parameters, 1))
+    remedy = "Not one example fits: use attention=flash, whose memory grows with the length and not its square."
+    if fits >= 1:
+        remedy = f"Set train.eval_batch_size={fits} or less."
+    raise MemoryShortError(
+        f"Testing {config.task.name} with attention={config.attention.backend} and {examples} examples at once needs "
+        f"about {needed}, and {available / 2**30:.1f} GiB are there.",
+        remedy,
+    )
 
 
 def evaluation_scores(config: RunConfig, world_size: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from lra.base.errors import MemoryShortError
 from lra.config import RunConfig
 from lra.distributed import World
-from lra.memory import check_fits, estimate
+from lra.memory import check_evaluation_fits, check_fits, estimate, evaluation_estimate
 from lra.recipes import load_config
 from lra.train_log import Logger
 
@@ -65,6 +65,23 @@ def test_what_does_not_fit_is_refused_with_the_batch_that_would(monkeypatch: pyt
     monkeypatch.setattr("lra.memory.available_bytes", lambda device: 10**8)
     with pytest.raises(MemoryShortError, match="attention=flash"):
         check_fits(config, 400_000, CPU)
+
+
+def test_a_test_needs_one_layer_at_a_time_of_its_own_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights trained in batches of 256 on a large GPU can be tested on a small machine."""
+    config = load_config("pathx/best")
+    need = evaluation_estimate(config, 800_000, 2).total
+    assert need < estimate(config, 800_000).total / 20
+    assert evaluation_estimate(config, 0, 4).total == 2 * evaluation_estimate(config, 0, 2).total
+    assert (
+        evaluation_estimate(load_config("pathx/best", ["attention=standard"]), 0, 2).scores == 2 * 2 * 2 * 16384**2 * 2
+    )
+    monkeypatch.setattr("lra.memory.available_bytes", lambda device: need)
+    assert check_evaluation_fits(config, 800_000, CPU, 2).total == need
+    with pytest.raises(MemoryShortError, match=r"eval_batch_size=[23] "):
+        check_evaluation_fits(config, 800_000, CPU, 3)
+    with pytest.raises(MemoryShortError, match="attention=flash"):
+        check_evaluation_fits(load_config("pathx/best", ["attention=standard"]), 800_000, CPU, 1)
 
 
 def test_two_processes_need_half_each() -> None:
