@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,17 @@ class Notes:
 
     CUfunction = real.CUfunction
     CUfunction_attribute = real.CUfunction_attribute
+    CUlaunchAttribute = real.CUlaunchAttribute
+    CUlaunchAttributeID = real.CUlaunchAttributeID
+    CUlaunchConfig = real.CUlaunchConfig
+    CUstream = real.CUstream
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.launches: list[tuple[str, int, int, int]] = []  # kernel, blocks, threads, shared bytes
         self.fields: list[tuple[int | float, ...]] = []
         self.limits: list[int] = []
+        self.overlapping: list[str] = []  # kernels that may begin before the one before them has ended
         self.status = 0
 
     def cuCtxGetCurrent(self) -> tuple[int, int]:
@@ -46,6 +52,14 @@ class Notes:
         self.fields.append(launcher.PARAMETERS.unpack(ctypes.string_at(place, launcher.PARAMETERS.size)))
         self.launches.append((self.names[int(function) - 1], blocks, threads, shared))
         return (self.status,)
+
+    def cuLaunchKernelEx(self, config: Any, function: object, pointers: int, extra: int) -> tuple[int]:
+        (attribute,) = config.attrs
+        assert attribute.id == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        assert attribute.value.programmaticStreamSerializationAllowed == 1 == config.numAttrs
+        self.overlapping.append(self.names[int(function) - 1])  # type: ignore[call-overload]
+        grid, block = (config.gridDimX, config.gridDimY, config.gridDimZ), (config.blockDimX, config.blockDimY, 1)
+        return self.cuLaunchKernel(function, *grid, *block, config.sharedMemBytes, 0, pointers, 0)
 
     def cuGetErrorString(self, status: int) -> tuple[int, bytes]:
         return 0, b"out of ideas"
@@ -202,3 +216,24 @@ def test_checking_reads_the_offsets_and_names_the_argument(driver: Notes, monkey
     with pytest.raises(ValueError, match="cu_seqlens_q must end at or before the tensor's 50 rows, got 60"):
         cuda_ops.flash_forward(q, q, q, None, cu, cu, 60, 60, None, 0.0, 1.0, False)
     assert driver.launches == []
+
+
+def test_persistent_backwards_and_what_follows_them_are_set_up_early(
+    driver: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels around them are written for it (csrc/common/overlap.cuh); no other launch may begin early."""
+    run(32)
+    assert driver.overlapping == []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    limits = SimpleNamespace(shared_memory_per_block_optin=227 * 1024, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: limits)
+    for cached in (launcher._limits, launcher.is_hopper):
+        cached.cache_clear()
+    driver.launches.clear()
+    run(32)
+    assert [name for name, *_ in driver.launches] == ["hopper_forward", "preprocess", "hopper_backward", "postprocess"]
+    assert driver.overlapping == ["hopper_backward", "postprocess"]
+    run(32, deterministic=True)
+    run(64)
+    run(16)
+    assert driver.overlapping == ["hopper_backward", "postprocess"]
