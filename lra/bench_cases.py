@@ -34,7 +34,8 @@ class Case:
     `padded_length` is what the baselines pad each sequence to; `lengths` says how long the sequences really are: full,
     imdb, listops (the generator's) or images (the generator's, full). `dropped` are the overrides of a second form of
     ours that leaves black pixels out as keys, as the protocol does, and None where there are none. `floor` is the
-    speed-up over compiled SDPA that is asked for, of both forms.
+    speed-up over compiled SDPA that is asked for, of both forms. `alone`: without baselines, which would not train on a
+    part of the tokens; a chain's stage is to run at its speed.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     dropped: tuple[str, ...] | None = None
     floor: float | None = None
     dropped_floor: float | None = None
+    alone: bool = False
 
     @property
     def protocol(self) -> str:
@@ -69,6 +71,9 @@ CASES = (
     Case("retrieval-nystrom", "retrieval/nystrom", 4096, "full", ("data.max_length=4096", "model.num_positions=4096")),
     Case("image-nystrom", "image/nystrom", 1024, "full", _TOKENS),
     Case("pathfinder-nystrom", "pathfinder/nystrom", 1024, "images", _TOKENS, ("data.black_pixels=dropped",)),
+    Case("path64-best", "path64/best", 4096, "images", alone=True),
+    Case("pathx-best", "pathx/best", 16384, "images", alone=True),
+    Case("path256-best", "path256/best", 65536, "images", alone=True),
 )
 # The five tasks of FlashAttention's table, for the geometric means.
 TABLE = ("listops", "text", "retrieval", "image", "pathfinder")

@@ -59,7 +59,7 @@ def ratios(report: Report) -> list[dict[str, Any]]:
     rows = []
     for entry in report["cases"]:
         for ours in OURS:
-            if ms_of(entry, ours) is None:
+            if ms_of(entry, ours) is None or entry["case"].get("alone"):
                 continue
             floor = {"flash": entry["case"]["floor"], DROPPED: entry["case"]["dropped_floor"]}.get(ours)
             over = {baseline: ratio(entry, baseline, ours) for baseline in BASELINES}

@@ -131,6 +131,8 @@ def methods_of(case: Case, config: RunConfig, compiled: bool, memory: int) -> li
     task = get(config.task.name)
     sequences = config.train.batch_size * task.documents
     methods: list[dict[str, Any]] = []
+    if case.alone:
+        return [{"name": "flash", "kind": "ours", "overrides": ["attention=flash"], "scores": 0}]
     for name, sdpa in (("standard", False), ("SDPA", True)):
         for with_compile in (False, True):
             if with_compile and not compiled:

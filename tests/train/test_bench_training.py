@@ -128,6 +128,18 @@ def test_every_case_has_inputs_within_its_length(case: Any) -> None:
         assert case.config(*case.dropped).data.black_pixels != "token" and 0.05 < (tokens != 0).mean() < 0.9
 
 
+def test_stages_of_chains_are_timed_alone_on_the_tokens_that_they_keep(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    small = ["--batch", "2", "--seconds", "0.01", "--device", "cpu", "--no-compile"]
+    bench_training.main([*small, "--tasks", "path64-best", "--json", str(file)])
+    found = json.loads(file.read_text())
+    (result,) = found["cases"][0]["methods"]
+    assert result["name"] == "flash" and result["status"] == "timed", result
+    kept = set(next(c for c in CASES if c.name == "path64-best").config().data.keep_tokens)
+    assert min(kept) <= result["tokens_per_s"] * result["mean_ms"] / 1e3 / 2 <= max(kept)
+    assert ratios(found) == [] and "path64-best" in markdown(found)
+
+
 def test_the_padded_model_is_one_function_in_both_forms() -> None:
     config = next(c for c in CASES if c.name == "retrieval-nystrom").config(
         "model.dropout=0", "model.attention_dropout=0"
