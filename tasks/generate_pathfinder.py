@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from tasks.pathfinder_draw import F_ATTEMPTS, F_LABEL, F_MARGIN, F_PLACED, F_SUM
 from tasks.pathfinder_law import RESOLUTIONS, Distractors, Law, pathfinder_law
 from tasks.pathfinder_tables import pathfinder_tables, tables_sha256
 from tasks.pathfinder_threads import check_drawable, draw_all, draw_chunk, num_workers
+
+if TYPE_CHECKING:
+    from tasks.pathfinder_gpu import GpuGenerator
 
 LENGTHS = (6, 9, 14)
 # Milliseconds an image that one core may take at most, by (resolution, contour length).
@@ -39,6 +42,7 @@ def generate_into(
     start: int = 0,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
+    gpu: GpuGenerator | None = None,
 ) -> dict[str, Any]:
     """Draw images start, start + 1, ... into an array and return statistics for a manifest.
 
@@ -56,6 +60,8 @@ def generate_into(
         Threads; all cores by default. They do not change a byte.
     progress : callable, optional
         Called with the number of images that have just ended.
+    gpu : GpuGenerator, optional
+        Draws them, all at once, instead of threads: the same bytes (tasks.pathfinder_gpu.generator_for).
 
     Returns
     -------
@@ -81,7 +87,12 @@ def generate_into(
         if progress is not None:
             progress(len(facts))
 
-    draw_all(law, seed, start, images_NL, on_chunk, workers)
+    if gpu is not None:
+        from tasks.pathfinder_gpu import draw_into
+
+        draw_into(gpu, seed, start, images_NL, on_chunk)
+    else:
+        draw_all(law, seed, start, images_NL, on_chunk, workers)
     return totals.statistics()
 
 

@@ -204,29 +204,31 @@ def _check_labels(samples: list[Sample], metadata: Path) -> None:
 
 def _generate(options: PathfinderOptions, writer: CacheWriter, resolution: int) -> None:
     from tasks.generate_pathfinder import generate_into
+    from tasks.pathfinder_gpu import DrawnDifferentlyError, generator_for
+    from tasks.pathfinder_law import pathfinder_law
 
+    knobs = options.model_dump(include={"contour_length", "num_distractors", "match_contrast"})
     length = resolution * resolution
     tokens, labels = writer.reserve("all", options.count, length)
     done, statistics = writer.done()
     chunk = min(4096, max(256, _CHUNK_BYTES // length))
+    gpu = generator_for(pathfinder_law(resolution, **knobs), options.count - done)
     if done:
         console.info(f"An earlier build drew {done:,} of {options.count:,} images; going on from there.")
     with console.progress(options.count, f"Pathfinder {resolution}: drawing images", "images") as bar:
         bar.advance(done)
         for start in range(done, options.count, chunk):
             stop = min(start + chunk, options.count)
-            facts = generate_into(
-                tokens[start:stop],
-                labels[start:stop],
-                resolution=resolution,
-                contour_length=options.contour_length,
-                num_distractors=options.num_distractors,
-                match_contrast=options.match_contrast,
-                seed=options.seed,
-                start=start,
-                workers=None,
-                progress=bar.advance,
-            )
+            draw = partial(
+                generate_into, tokens[start:stop], labels[start:stop], resolution=resolution, **knobs, start=start,
+                seed=options.seed, progress=bar.advance,
+            )  # fmt: skip
+            try:
+                facts = draw(gpu=gpu)
+            except DrawnDifferentlyError as e:
+                console.warn(f"{e} The CPU draws the set from here on; please tell us.")
+                gpu = None
+                facts = draw()
             statistics.append({"images": stop - start, **facts})
             writer.save_done(stop, statistics)
     writer.note("generator", mean_statistics(statistics))

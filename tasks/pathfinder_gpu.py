@@ -6,16 +6,18 @@ imported before a generator is made.
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lra.base.errors import ConfigError
-from tasks.pathfinder_draw import F_COUNT, F_LABEL
+from tasks.pathfinder_draw import F_COUNT, F_LABEL, F_SUM, F_ZEROS
 from tasks.pathfinder_law import Distractors, Law, pathfinder_law
 from tasks.pathfinder_tables import P_STRIDE, Tables, pathfinder_tables
-from tasks.pathfinder_threads import MAX_ATTEMPTS, check_drawable, trace_rows
+from tasks.pathfinder_threads import MAX_ATTEMPTS, check_drawable, draw_chunk, mapping_of, trace_rows
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,8 @@ MAX_TURNS = 32
 NO_ATTEMPT = 2**31 - 1
 _BLOCK = 64
 _CANVAS_BYTES = 1 << 30  # canvases of the images finished at once
+_WORTH = 10_000  # images of a set from which on the seconds of compiling for the GPU are won back
+_COMPARED = 4  # images of each draw that the CPU draws as well
 
 
 def _cuda() -> Any:
@@ -137,6 +141,45 @@ class GpuGenerator:
                     self._tables, seed, start, first, best, self._canvases, self._traces, self._near, facts, images
                 )
         return GpuImages(images, facts, best, self.law)
+
+
+class DrawnDifferentlyError(RuntimeError):
+    """The GPU's images are not the CPU's."""
+
+
+def generator_for(law: Law, count: int) -> GpuGenerator | None:
+    """Return a generator for a set of so many images, or None where threads of the CPU should draw it."""
+    if count < _WORTH:
+        return None
+    try:
+        return GpuGenerator(law)
+    except ConfigError:  # no GPU, no numba-cuda, paths too long for it
+        return None
+
+
+def draw_into(
+    generator: GpuGenerator,
+    seed: int,
+    start: int,
+    images_NL: np.ndarray,
+    on_chunk: Callable[[int, np.ndarray, np.ndarray], None],
+) -> None:
+    """Do what `pathfinder_threads.draw_all` does, in one draw.
+
+    Raises DrawnDifferentlyError, before on_chunk is called, if the first images are not those that the CPU draws.
+    """
+    drawn = generator.draw(seed, start, images_NL.shape[0])
+    images_NL[:] = drawn.images_on_host()
+    facts = np.array(drawn.facts.copy_to_host())
+    facts[:, F_ZEROS], facts[:, F_SUM] = (images_NL == 0).sum(1), images_NL.sum(1, dtype=np.int64)
+    same = np.zeros_like(images_NL[:_COMPARED])
+    expected = draw_chunk(generator.law, seed, start, same).facts
+    if not (np.array_equal(same, images_NL[:_COMPARED]) and np.array_equal(expected, facts[:_COMPARED])):
+        raise DrawnDifferentlyError(f"Images from {start} on differ between GPU and CPU.")
+    on_chunk(0, images_NL, facts)
+    mapped = mapping_of(images_NL)
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def generate_on_gpu(

@@ -184,7 +184,7 @@ def draw_all(
             f"The array for the images has shape {images.shape} and dtype {images.dtype}.",
             f"It must be (count, {law.resolution**2}) uint8.",
         )
-    mapped = _mapping(images)
+    mapped = mapping_of(images)
     tables = pathfinder_tables(law)
     with ThreadPoolExecutor(num_workers(workers), thread_name_prefix="pathfinder") as pool:
         pending: dict[Future[Drawn], tuple[int, int]] = {}
@@ -218,7 +218,7 @@ def _chunks(count: int, law: Law) -> Iterator[tuple[int, int]]:
         yield first, min(count, first + size)
 
 
-def _mapping(images: np.ndarray) -> mmap.mmap | None:
+def mapping_of(images: np.ndarray) -> mmap.mmap | None:
     """Return the file mapping under an array, if it has one whose pages may be dropped safely."""
     base: object = images
     while isinstance(base, np.ndarray):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = [
     ["lra.base"],
     ["tasks", "attention_kernels"],
-    ["lra.attention", "lra.config", "lra.recipes", "lra.packing", "lra.statistics"],
+    ["lra.attention", "lra.config", "lra.recipes", "lra.weighing", "lra.packing", "lra.statistics"],
     ["lra.model", "lra.positions", "lra.pooling", "lra.optim", "lra.muon", "lra.ema", "lra.checkpoint", "lra.run_dir",
      "lra.preempt", "lra.distributed", "lra.memory", "lra.graphs", "lra.objective", "lra.learner", "lra.transfer",
      "lra.compiling", "lra.restarts", "lra.feed", "lra.mixers"],

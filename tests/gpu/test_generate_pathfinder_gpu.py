@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tasks.generate_pathfinder import fresh
-from tasks.pathfinder_gpu import GpuGenerator, generate_on_gpu
+from tasks.pathfinder_gpu import GpuGenerator, draw_into, generate_on_gpu
 from tasks.pathfinder_law import pathfinder_law
+from tasks.pathfinder_threads import draw_chunk
 
 pytestmark = pytest.mark.gpu
 
@@ -65,3 +66,12 @@ def test_path_x_is_drawn_at_ten_thousand_images_a_second() -> None:
     rate = 32768 / (time.perf_counter() - began)
     assert np.asarray(drawn.labels_on_host()).mean() == pytest.approx(0.5, abs=0.02)
     assert rate >= 10_000, f"{rate:,.0f} images a second"
+
+
+def test_a_set_s_chunk_has_the_cpu_s_images_and_facts() -> None:
+    law, found = pathfinder_law(64, 9), []
+    images, expected = np.zeros((300, 4096), np.uint8), np.zeros((300, 4096), np.uint8)
+    draw_into(GpuGenerator(law), 5, 70, images, lambda first, rows, facts: found.append((first, facts)))
+    facts = draw_chunk(law, 5, 70, expected).facts
+    assert np.array_equal(images, expected)
+    assert len(found) == 1 and found[0][0] == 0 and np.array_equal(found[0][1], facts)
