@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lra.base import console
 from lra.base.errors import ConfigError
 from tasks.pathfinder_draw import F_COUNT, F_LABEL, F_SUM, F_ZEROS
 from tasks.pathfinder_law import Distractors, Law, pathfinder_law
@@ -152,9 +153,15 @@ def generator_for(law: Law, count: int) -> GpuGenerator | None:
     if count < _WORTH:
         return None
     try:
-        return GpuGenerator(law)
+        generator = GpuGenerator(law)
+        generator.draw(0, 0, 1).wait()  # compiles
     except ConfigError:  # no GPU, no numba-cuda, paths too long for it
         return None
+    except Exception as e:  # numba's and the driver's are of many kinds, and the CPU draws the same images
+        said = str(e).splitlines() or [""]
+        console.warn(f"The GPU cannot draw images here ({type(e).__name__}: {said[0][:200]}); the CPU does.")
+        return None
+    return generator
 
 
 def draw_into(

@@ -82,6 +82,19 @@ def test_small_sets_and_machines_without_a_gpu_are_left_to_the_cpu(monkeypatch: 
     assert pathfinder_gpu.generator_for(law, 10_000) is None
 
 
+def test_a_gpu_that_numba_cannot_use_is_told_and_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(StandIn):
+        def draw(self, seed: int, start: int, count: int) -> Any:
+            raise RuntimeError("NVVM is too old\nlong story")
+
+    monkeypatch.setattr(pathfinder_gpu, "GpuGenerator", Broken)
+    assert pathfinder_gpu.generator_for(pathfinder_law(32, 6), 10_000) is None
+    said = capsys.readouterr().err
+    assert "NVVM is too old" in said and "long story" not in said and "the CPU does" in said
+
+
 def _no_cuda() -> None:
     from lra.base.errors import ConfigError
 
