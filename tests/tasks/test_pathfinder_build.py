@@ -51,6 +51,7 @@ def test_images_are_drawn_in_order_with_the_options(generator: Generator, tmp_pa
     first = {k: v for k, v in generator.calls[0].items() if k not in ("start", "progress", "workers")}
     assert first == {
         "resolution": 64, "contour_length": 14, "num_distractors": "wrapper", "match_contrast": True, "seed": 9,
+        "gpu": None,
     }  # fmt: skip
     assert cache.manifest.source == "generated" and cache.parts == {"all": (0, 600)}
     assert [int(cache.example(i)[0][0]) for i in range(600)] == [i % 256 for i in range(600)]
