@@ -392,8 +392,7 @@ class _Call:
 
     def _row_blocks(self, chosen: Plan) -> int:
         """Blocks of the kernels that have a few lanes for each row."""
-        lanes = 1 if chosen.kernel == "preprocess" else chosen.width // 4
+        lanes = chosen.width // 4
         if chosen.kernel == "preprocess":
-            while lanes * 8 < self.head_dim:
-                lanes *= 2
+            lanes = 1 << (self.head_dim // 8 - 1).bit_length()  # a power of two, eight features each
         return -(-self.total_q * self.heads * lanes // chosen.threads)

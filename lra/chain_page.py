@@ -77,7 +77,7 @@ def _part(task: str, groups: Sequence[ChainGroup]) -> ChainPart:
 
 def _view(groups: Sequence[ChainGroup]) -> tuple[ChainRecord | None, View | None]:
     """The view of the most accurate chain that has one."""
-    chains = [c for g in groups for c in g.counted if c.view is not None and c.test is not None]
+    chains = [c for g in groups for c in g.counted if c.view is not None]
     for chain in sorted(chains, key=lambda c: -(c.test.accuracy if c.test else 0.0)):
         view = read_view(chain.view) if chain.view else None
         if view is not None:

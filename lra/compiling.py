@@ -14,8 +14,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from lra.attention import KeyRows
-from lra.model import Classifier, Layer, Parts, Started, Turn
+from lra.model import Classifier, Layer, Parts, Rows, Started
 from lra.objective import Objective
 from lra.packing import Packed
 from tasks.batches import Batch
@@ -43,19 +42,12 @@ def compile_parts(objective: Objective, traced_whole: bool, whole_vary: bool = F
             rows_vary(False, batch.keys.index_K)
         return start(model, batch, hidden_T)
 
-    def run_layer(
-        one: Layer,
-        x_TE: Tensor,
-        packed: Packed,
-        keys: KeyRows | None,
-        turn: Turn | None,
-        seed: Tensor,
-        log_weight_T: Tensor | None,
-    ) -> Tensor:
+    def run_layer(one: Layer, x_TE: Tensor, rows: Rows, seed: Tensor) -> Tensor:
+        packed, keys, turn, log_weight_T = rows
         rows_vary(packed.is_uniform and not whole_vary, x_TE, packed.padded_row_T, log_weight_T, *(turn or ()))
         if keys is not None:
             rows_vary(False, keys.index_K, keys.packed.padded_row_T)
-        return layer(one, x_TE, packed, keys, turn, seed, log_weight_T)
+        return layer(one, x_TE, rows, seed)
 
     def run_predict(model: Classifier, x_TE: Tensor, packed: Packed) -> Tensor:
         rows_vary(packed.is_uniform and not whole_vary, x_TE, packed.padded_row_T)

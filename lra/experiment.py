@@ -193,19 +193,25 @@ def test_weights(
     best_is_last = best is not None and best.step == learner.step
     tests: dict[str, Scores] = {}
     if choice != "best_val" or best_is_last:
-        with learner.watch.measure("eval"), learner.evaluated_weights():
-            tests["last"] = _test(learner.model, config, data, run, world, stop, f"last-step{learner.step}")
+        with learner.evaluated_weights():
+            tests["last"] = _timed_test(learner, config, data, run, world, stop, f"last-step{learner.step}")
     if best_is_last:
         tests["best_val"] = tests["last"]
     elif best is not None and choice != "last":
         saved = checkpoints.load(saved_weights(run, best.step))
         load_weights(learner.model, saved.tensors, averaged=True)
-        with learner.watch.measure("eval"):
-            name = f"best-step{best.step}"
-            tests["best_val"] = _test(learner.model, config, data, run, world, stop, name)
-    for scores in {id(scores): scores for scores in tests.values()}.values():
-        learner.watch.add("eval", *scores.earlier)
+        tests["best_val"] = _timed_test(learner, config, data, run, world, stop, f"best-step{best.step}")
     return tests
+
+
+def _timed_test(
+    learner: Learner, config: RunConfig, data: Data, run: RunDir, world: World, stop: StopRequest, name: str
+) -> Scores:
+    """Test the learner's model and count the time, that of slices before a stop too."""
+    with learner.watch.measure("eval"):
+        scores = _test(learner.model, config, data, run, world, stop, name)
+    learner.watch.add("eval", *scores.earlier)
+    return scores
 
 
 def _test(

@@ -37,6 +37,15 @@ Turn = tuple[Tensor, Tensor]
 """Cosine and sine of rotary positions, each (T, 1, D/2) float32."""
 
 
+class Rows(NamedTuple):
+    """What every layer is told of a batch's rows: its sequences, keys and rotations, and log_weight_T as in Batch."""
+
+    packed: Packed
+    keys: KeyRows | None
+    turn: Turn | None
+    log_weight_T: Tensor | None
+
+
 def make_norm(model: ModelConfig) -> nn.Module:
     """Return the normalisation over the model width that the recipe names."""
     kind = nn.LayerNorm if model.norm == "layernorm" else nn.RMSNorm
@@ -60,32 +69,24 @@ class SelfAttention(nn.Module):
         if self.q_norm is not None:
             nn.init.constant_(self.q_norm.weight, model.qk_gain)
 
-    def forward(
-        self,
-        x_TE: Tensor,
-        packed: Packed,
-        keys: KeyRows | None,
-        turn: Turn | None,
-        seed: Tensor,
-        log_weight_T: Tensor | None = None,
-    ) -> Tensor:
-        """Return (T, E); `seed` is this layer's int64 pair for the dropout mask, log_weight_T as in Batch."""
+    def forward(self, x_TE: Tensor, rows: Rows, seed: Tensor) -> Tensor:
+        """Return (T, E); `seed` is this layer's int64 pair for the dropout mask."""
         q_THD, k_THD, v_THD = self.project(x_TE)
         if self.q_norm is not None and self.k_norm is not None:
             # In float32, as the weights are: torch has no fused form for two dtypes.
             q_THD = self.q_norm(q_THD.float()).to(v_THD.dtype)
             k_THD = self.k_norm(k_THD.float()).to(v_THD.dtype)
-        if turn is not None:
-            q_THD, k_THD = rotate(q_THD, *turn), rotate(k_THD, *turn)
+        if rows.turn is not None:
+            q_THD, k_THD = rotate(q_THD, *rows.turn), rotate(k_THD, *rows.turn)
         softmax_scale = self.head_dim**-0.5
         if self.key_weights:
-            q_THD, k_THD = with_weights(q_THD, k_THD, log_weight_T, softmax_scale)
+            q_THD, k_THD = with_weights(q_THD, k_THD, rows.log_weight_T, softmax_scale)
         out_THD = self.backend(
             q_THD,
             k_THD,
             v_THD,
-            packed,
-            keys,
+            rows.packed,
+            rows.keys,
             dropout_p=self.dropout_p if self.training else 0.0,
             dropout_seed=seed,
             softmax_scale=softmax_scale,
@@ -123,18 +124,9 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(model.width, model.mlp_width), nn.Linear(model.mlp_width, model.width)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(
-        self,
-        x_TE: Tensor,
-        packed: Packed,
-        keys: KeyRows | None,
-        turn: Turn | None,
-        seed: Tensor,
-        log_weight_T: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_TE: Tensor, rows: Rows, seed: Tensor) -> Tensor:
         """Return (T, E)."""
-        attended_TE = self.attention(self.attention_norm(x_TE), packed, keys, turn, seed, log_weight_T)
-        x_TE = x_TE + self.dropout(attended_TE)
+        x_TE = x_TE + self.dropout(self.attention(self.attention_norm(x_TE), rows, seed))
         hidden = self.dropout(F.gelu(self.up(self.mlp_norm(x_TE))))
         return x_TE + self.dropout(self.down(hidden))
 
@@ -178,9 +170,7 @@ class Started(NamedTuple):
     """What goes into the layers."""
 
     x_TE: Tensor
-    packed: Packed
-    keys: KeyRows | None
-    turn: Turn | None
+    rows: Rows
     seeds: Tensor
 
 
@@ -267,15 +257,14 @@ class Classifier(nn.Module):
 
         hidden_T (boolean) are rows whose token the encoder must not see.
         """
-        x_TE, packed, keys, turn, seeds = self.parts.start(self, batch, hidden_T)
+        x_TE, rows, seeds = self.parts.start(self, batch, hidden_T)
         for layer, seed in zip(self.layers, seeds, strict=True):
-            x_TE = self.parts.layer(layer, x_TE, packed, keys, turn, seed, batch.log_weight_T)
-        return x_TE, packed
+            x_TE = self.parts.layer(layer, x_TE, rows, seed)
+        return x_TE, rows.packed
 
     def start(self, batch: Batch, hidden_T: Tensor | None) -> Started:
         """Return what the first layer takes, and (depth, 2) int64 seeds, one pair for each layer's dropout masks."""
         packed = pack_info(batch.cu_seqlens, batch.max_length, batch.tokens_T.shape[0], uniform=batch.uniform)
-        keys = key_rows(batch.keys)
         positions_T = batch.positions_T.to(torch.int64)
         x_TE = self.embed(batch.tokens_T)
         if hidden_T is not None and self.denoiser is not None:
@@ -287,10 +276,10 @@ class Classifier(nn.Module):
         if self.table is not None:
             x_TE = x_TE + self.table(positions_T)
         x_TE = self.dropout(x_TE)
-        turn = self.turn(positions_T)
+        rows = Rows(packed, key_rows(batch.keys), self.turn(positions_T), batch.log_weight_T)
         # Drawn by torch's generator once a forward pass.
         seeds = torch.randint(-(2**62), 2**62, (len(self.layers), 2), device=x_TE.device)
-        return Started(x_TE, packed, keys, turn, seeds)
+        return Started(x_TE, rows, seeds)
 
     def predict(self, x_TE: Tensor, packed: Packed) -> Tensor:
         """Return float32 logits (B, C) from what `through` gave."""

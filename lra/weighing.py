@@ -23,12 +23,10 @@ def with_weights(
     first, second = spare_pair(q_THD.shape[-1])
     feature_D = torch.arange(q_THD.shape[-1], device=q_THD.device)
     spare_D = (feature_D == first) | (feature_D == second)
-    if log_weight_T is None:
-        return torch.where(spare_D, 1.0, q_THD).to(q_THD.dtype), torch.where(spare_D, 0.0, k_THD).to(k_THD.dtype)
-    extra_T11 = (log_weight_T / softmax_scale)[:, None, None]
-    whole_T11 = extra_T11.round()
-    pair_T1D = torch.where(feature_D == first, whole_T11, extra_T11 - whole_T11)
-    return (
-        torch.where(spare_D, 1.0, q_THD).to(q_THD.dtype),
-        torch.where(spare_D, pair_T1D, k_THD.float()).to(k_THD.dtype),
-    )
+    pair: Tensor | float = 0.0
+    if log_weight_T is not None:
+        extra_T11 = (log_weight_T / softmax_scale)[:, None, None]
+        whole_T11 = extra_T11.round()
+        pair = torch.where(feature_D == first, whole_T11, extra_T11 - whole_T11)
+    # A float32 pair makes the choice float32: each feature is rounded once, or was exact.
+    return torch.where(spare_D, 1.0, q_THD).to(q_THD.dtype), torch.where(spare_D, pair, k_THD).to(k_THD.dtype)

@@ -49,6 +49,11 @@ class PathfinderOptions(TaskOptions):
     count: int = Field(OFFICIAL_COUNT, ge=10, le=100_000_000)
     seed: int = Field(0, ge=0)
 
+    @property
+    def law_knobs(self) -> dict[str, Any]:
+        """What decides how an image is drawn, as `tasks.pathfinder_law.pathfinder_law` takes it."""
+        return self.model_dump(include={"contour_length", "num_distractors", "match_contrast"})
+
     @field_validator("num_distractors", mode="before")
     @classmethod
     def _no_bool(cls, value: Any) -> Any:
@@ -178,7 +183,7 @@ def _fresh_of_one(options: TaskOptions, seed: int, device: torch.device, resolut
     from tasks.pathfinder_law import pathfinder_law
 
     assert isinstance(options, PathfinderOptions)
-    law = options.model_dump(include={"contour_length", "num_distractors", "match_contrast"})
+    law = options.law_knobs
     seed += seed == options.seed  # the set's own images are for testing
     if device.type == "cuda":
         try:
@@ -207,7 +212,7 @@ def _generate(options: PathfinderOptions, writer: CacheWriter, resolution: int) 
     from tasks.pathfinder_gpu import DrawnDifferentlyError, generator_for
     from tasks.pathfinder_law import pathfinder_law
 
-    knobs = options.model_dump(include={"contour_length", "num_distractors", "match_contrast"})
+    knobs = options.law_knobs
     length = resolution * resolution
     tokens, labels = writer.reserve("all", options.count, length)
     done, statistics = writer.done()

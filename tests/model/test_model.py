@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from lra.attention import backend_names
 from lra.config import RunConfig
+from lra.model import Rows
 from lra.packing import pack_info, pad, unpad
 from lra.pooling import Pool
 from lra.positions import axial_rotary_angles, rotary_angles, rotate, sinusoidal_table
@@ -92,7 +93,7 @@ def test_google_head_dim_4_equals_plain_attention_with_head_dim_4() -> None:
     attention = model.layers[0].attention
     x = torch.randn(10, 16)
     packed = pack_info(torch.tensor([0, 10], dtype=torch.int32), 10, 10)
-    out = attention(x, packed, None, None, torch.zeros(2, dtype=torch.int64))
+    out = attention(x, Rows(packed, None, None, None), torch.zeros(2, dtype=torch.int64))
     q, k, v = attention.qkv(x).view(10, 3, 2, 4).unbind(1)
     scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(4)
     plain = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
