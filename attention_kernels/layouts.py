@@ -105,6 +105,20 @@ class BlockLayout:
         keys = torch.cat([layout._keys() + p * num * num for p, layout in enumerate(layouts)])
         return _build(first.length, first.block_size, len(layouts), keys, head_to_pattern).to(first.device)
 
+    def with_global_end(self, num_global: int) -> "BlockLayout":
+        """Return the layout with its last `num_global` blocks seeing all and seen by all, in every pattern.
+
+        For a token at the end that must see everything (a CLS); in a packed batch only sequences of the layout's own
+        length have their end there.
+        """
+        num = self.num_blocks
+        last = torch.arange(max(0, num - _count("num_global", num_global)), num)
+        rows, columns = _cross(last, torch.arange(num))
+        added = torch.cat([rows * num + columns, columns * num + rows])
+        keys = torch.cat([self._keys(), *(added + p * num * num for p in range(self.num_patterns))])
+        heads = self.head_to_pattern.tolist()
+        return _build(self.length, self.block_size, self.num_patterns, keys, heads).to(self.device)
+
     @property
     def num_blocks(self) -> int:
         """Blocks along one side of the grid."""

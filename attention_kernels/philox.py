@@ -92,10 +92,13 @@ def keep_tiles(
     g = torch.arange(8, device=device).view(8, 1, 1)
     t = torch.arange(4, device=device)
     low, high = seed & _WORD, (seed >> 32) & _WORD
+    # torch.compile would fold the first product into 32-bit index arithmetic, where the multiplier does not fit and the
+    # GPU compiler fails (torch 2.11): a zero that comes from the seed makes the word a value instead of an index.
+    nothing = low[0] ^ low[0]
     # Dimensions: (sample, head, set, tile row, g, tile column, t); each word starts with only the ones it needs.
     words = philox4x32(
         (
-            row_tiles_XR.view(num_sets, num_rows, 1, 1, 1) * _LANES + 4 * g + t,
+            (row_tiles_XR.view(num_sets, num_rows, 1, 1, 1) * _LANES + 4 * g + t) ^ nothing,
             column_tiles_XC.view(num_sets, 1, 1, num_columns, 1),
             samples_S.view(-1, 1, 1, 1, 1, 1, 1) ^ low[1],
             heads_H.view(-1, 1, 1, 1, 1, 1) ^ high[1],

@@ -304,7 +304,8 @@ def make_layout(config: AttentionConfig, length: int) -> BlockLayout:
     block = config.block or DEFAULT_BLOCK
     # On the CPU whatever the default device: layouts are built from their entries, which a meta tensor lacks.
     with torch.device("cpu"):
-        return _layout(config, length, block)
+        layout = _layout(config, length, block)
+        return layout.with_global_end(config.end_global) if config.end_global else layout
 
 
 def _layout(config: AttentionConfig, length: int, block: int) -> BlockLayout:

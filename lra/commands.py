@@ -241,7 +241,7 @@ def show_command(args: argparse.Namespace) -> None:
 
 
 def layout_figure(overrides: list[str]) -> Any:
-    """Return the picture of a block layout given as layout= block= length= window= num_global= stride=."""
+    """Return the picture of a block layout given as layout= block= length= window= num_global= stride= end_global=."""
     from lra.attention import make_layout
     from lra.config import AttentionConfig
     from lra.pictures import layout_picture

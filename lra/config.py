@@ -160,6 +160,8 @@ class AttentionConfig(Section):
     """local_global: leading blocks that all attend to and that attend to all."""
     stride: Positive = 8
     """stripes: every so many blocks one attends to."""
+    end_global: int = Field(default=0, ge=0)
+    """block_sparse, any layout: trailing blocks that see all and that all see, for the CLS of an image."""
     deterministic: bool = False
     """Bit-equal backward from run to run."""
 

@@ -133,6 +133,15 @@ def test_the_recorded_step_is_the_plain_one_bit_by_bit(backend: str, optimizer: 
     assert all(torch.equal(plain.ema.average[n], recorded.ema.average[n]) for n in plain.ema.average)
 
 
+def test_compiled_standard_attention_trains_with_dropout(tmp_path: Path) -> None:
+    # Its mask is drawn by compiled code too, whose 64-bit products once met 32-bit index arithmetic.
+    config = small(tmp_path, "attention=standard", "train.compile=true", "train.precision=bf16")
+    losses = steps(config, 20, tmp_path)[1]
+    plain = steps(small(tmp_path, "attention=standard", "train.precision=bf16"), 20, tmp_path)[1]
+    assert all(math.isfinite(x) for x in losses)
+    assert sum(losses[-5:]) / 5 == pytest.approx(sum(plain[-5:]) / 5, abs=0.3)
+
+
 @pytest.mark.parametrize("backend", ["flash", "block_sparse"])
 def test_compiled_and_recorded_training_follows_the_plain_one_and_compiles_once(backend: str, tmp_path: Path) -> None:
     # Without dropout: the compiled form draws other masks.

@@ -103,6 +103,17 @@ def test_heads_follow_their_patterns():
     assert joined.clip(320).head_to_pattern.tolist() == [1, 0, 1]
 
 
+@settings(max_examples=50, deadline=None)
+@given(masks(), st.integers(0, 4))
+def test_a_global_end_fills_the_last_rows_and_columns_of_the_mask(mask, last):
+    layout = BlockLayout.from_mask(mask, 32)
+    want = mask.clone()
+    if last:
+        want[:, -last:], want[:, :, -last:] = True, True
+    assert torch.equal(layout.with_global_end(last).to_mask(), want)
+    assert layout.with_global_end(0) == layout
+
+
 def test_equality_sees_everything_that_matters():
     layout = BlockLayout.local(640, 1)
     assert layout == BlockLayout.local(640, 1)
@@ -140,6 +151,7 @@ BAD = [
     (lambda: BlockLayout.dense(-1), "length"),
     (lambda: BlockLayout.local(100, -1), "window"),
     (lambda: BlockLayout.local_global(100, 1, -1), "num_global"),
+    (lambda: BlockLayout.dense(100).with_global_end(-1), "num_global"),
     (lambda: BlockLayout.stripes(100, 0), "stride"),
     (lambda: BlockLayout.from_mask(torch.ones(2, 3, dtype=torch.bool), 64), "block_mask"),
     (lambda: BlockLayout.from_mask(torch.ones(2, 2), 64), "block_mask"),

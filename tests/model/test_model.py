@@ -65,6 +65,22 @@ def test_keys_left_out_change_nothing_when_their_content_changes(backend: str) -
     assert not torch.allclose(before, full)
 
 
+@pytest.mark.parametrize(("end_global", "sees_all"), [(0, False), (1, True)])
+def test_the_cls_of_one_block_sparse_layer_sees_every_pixel_with_a_global_end(end_global: int, sees_all: bool) -> None:
+    config = load_config(
+        "image/google", ["attention=block_sparse", "data.black_pixels=token", f"attention.end_global={end_global}"]
+    )
+    model = model_of(config)
+    batch = make_batch([1024], cls_position=1024, high=255)
+    before = model(batch)
+    seen = []
+    for block in range(16):
+        tokens = batch.tokens_T.clone()
+        tokens[64 * block : 64 * block + 64] ^= 1
+        seen.append(not torch.equal(model(batch.__class__(**{**batch.__dict__, "tokens_T": tokens})), before))
+    assert all(seen) == sees_all and any(seen)
+
+
 def test_dropping_black_pixels_equals_masking_them_when_their_outputs_are_zeroed() -> None:
     """The nystrom protocol: keys masked and outputs zeroed under a padded mean is the same as leaving tokens out."""
     config = small("model.pooling=padded_mean", "model.positions=learned", "model.num_positions=64")
