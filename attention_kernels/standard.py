@@ -5,6 +5,7 @@ without keys; memory grows with the product of the lengths.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention_kernels.checks import check_dropout_seed, check_inputs, check_key_lengths, check_layout, check_numbers
@@ -25,18 +26,22 @@ def standard_attention(
     softmax_scale: float | None = None,
     causal: bool = False,
     key_lengths: Tensor | None = None,
+    torch_dropout: bool = False,
 ) -> Tensor:
     """Return softmax(q k^T scale) v, (B, Lq, H, D) in q's dtype; arguments as in `flash_attention`.
 
     Products are taken in q's dtype and the softmax in float32 (float64 for float64), as attention in half
-    precision usually is.
+    precision usually is. `torch_dropout` draws the mask by torch's own dropout, as a baseline should: the mask of
+    `flash_attention` costs more in PyTorch's operators than all the rest. Then there is no dropout_seed.
     """
     check_inputs(q, k, v, rank=4)
     check_key_lengths(key_lengths, k)
     check_numbers(dropout_p, softmax_scale)
     check_dropout_seed(dropout_seed, q)
+    if torch_dropout and dropout_seed is not None:
+        raise ValueError("dropout_seed must be None with torch_dropout, which draws from torch's own generator.")
     q, k, v = autocast_inputs(q, k, v)
-    seed = call_seed(dropout_p, dropout_seed, q)
+    seed = None if torch_dropout else call_seed(dropout_p, dropout_seed, q)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     visible = visible_mask(q.shape[1], k.shape[1], q.device, causal=causal, key_lengths=key_lengths)
     if key_lengths is not None:
@@ -45,7 +50,9 @@ def standard_attention(
         k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
     scores = torch.matmul(q.transpose(1, 2) * scale, k.permute(0, 2, 3, 1))
     weights = _softmax(scores, visible).to(q.dtype)
-    if seed is not None:
+    if torch_dropout:
+        weights = F.dropout(weights, dropout_p)
+    elif seed is not None:
         sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         weights = weights * dropout_factors(seed, dropout_p, *sizes, weights.dtype)
     return torch.matmul(weights, v.transpose(1, 2)).transpose(1, 2)

@@ -159,14 +159,16 @@ class _Padded(Backend):
 
 @register("standard")
 class Standard(_Padded):
-    """Softmax attention that writes the L x L scores to memory, as before FlashAttention."""
+    """Softmax attention that writes the L x L scores to memory, as before FlashAttention, with torch's own dropout."""
 
     static, exact = True, True
 
     @staticmethod
-    def rectangle(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, **arguments: Any) -> Tensor:
+    def rectangle(
+        q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, dropout_seed: Tensor | None = None, **arguments: Any
+    ) -> Tensor:
         """Return (B, Lq, H, D)."""
-        return ak.standard_attention(q_BLHD, k_BLHD, v_BLHD, **arguments)
+        return ak.standard_attention(q_BLHD, k_BLHD, v_BLHD, torch_dropout=True, **arguments)
 
 
 @register("flash")

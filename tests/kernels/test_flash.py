@@ -157,6 +157,18 @@ def test_forward_and_backward_draw_one_mask():
     assert 0.5 < float(forward.double().mean()) < 0.7
 
 
+def test_standard_attention_with_torchs_dropout_is_softmax_attention_with_it():
+    q, k, v = (torch.randn(2, 40, 3, 8, dtype=torch.float64) for _ in range(3))
+    torch.manual_seed(5)
+    out = standard_attention(q, k, v, dropout_p=0.25, torch_dropout=True)
+    weights = torch.einsum("bihd,bjhd->bhij", q, k).mul(8**-0.5).softmax(-1)
+    torch.manual_seed(5)
+    kept = torch.nn.functional.dropout(weights, 0.25)
+    torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bihd", kept, v))
+    with pytest.raises(ValueError, match="dropout_seed must be None with torch_dropout"):
+        standard_attention(q, k, v, dropout_p=0.25, torch_dropout=True, dropout_seed=torch.tensor([1, 2]))
+
+
 def test_standard_attention_draws_the_same_mask():
     q, k, v = inputs((2, 50, 2, 8), (2, 70, 2, 8))
     rule = {"dropout_p": 0.3, "dropout_seed": SEED, "causal": True, "key_lengths": torch.tensor([70, 20])}
