@@ -4,7 +4,9 @@
 
 Every method is first checked against ours (output and gradients); one that differs is marked and not timed, one that
 fails is listed with the reason. Rounds are interleaved: each round times every method once, and the medians over the
-rounds count. Times on a GPU are by events with L2 flushed. Timings of a busy GPU mean nothing: nothing else may run.
+rounds count. Times on a GPU are by events with L2 flushed. With --graphs replays of CUDA graphs are timed as well:
+theirs is the kernels' time, what a call takes beyond it the host's. Timings of a busy GPU mean nothing: nothing else
+may run.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from attention_kernels import families
 from attention_kernels.bench_cases import SETS, Case, Inputs, make_cases, make_inputs
+from attention_kernels.bench_graphs import time_graph
 from attention_kernels.bench_peers import Call, Method, Unsupported, methods_of, ours
 from attention_kernels.bench_report import (
     CaseReport,
@@ -54,16 +57,21 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 # How far from sqrt(p / (1 - p)) the relative change by dropout may lie: cuDNN rounds p to sixteenths.
 _DROPOUT_RANGE = (0.6, 1.6)
 _REASON_LENGTH = 600
+_WORDS = {"forward": "forward", "both": "forward + backward"}
 
 
 @dataclass
 class _Runner:
-    """A method that passed its check: its calls, their estimated times in ms, and the times of each round."""
+    """A method that passed its check: its calls, their estimated times in ms, and the times of each round.
+
+    graph_times are those of replays; a kind that could not be recorded is no longer among them.
+    """
 
     result: Result
     call: Call
     estimates: dict[str, float]
     times: dict[str, list[float]]
+    graph_times: dict[str, list[float]]
 
     def run(self, kind: str) -> object:
         """Run "forward" (alone, without gradients) or "both" (forward and backward)."""
@@ -81,11 +89,12 @@ def measure_case(
     device: torch.device,
     seconds: float = 0.6,
     rounds: int = 3,
+    graphs: bool = False,
 ) -> CaseReport:
-    """Check and time every method on one case's tensors.
+    """Check and time every method on one case's tensors, with `graphs` its replays in CUDA graphs as well.
 
-    seconds is about how long the timing of a method takes, forward and forward + backward over all rounds. A failure
-    of a method never ends the run: it becomes the method's result.
+    seconds is about how long the timing of a method takes, forward and forward + backward over all rounds; graphs
+    double it. A failure of a method never ends the run: it becomes the method's result.
     """
     results, runners = [], []
     reference: list[Tensor] | str
@@ -107,13 +116,22 @@ def measure_case(
     # Not before the checks: until they have run, an idle GPU rests at a low clock.
     before = gpu_state(device)
     budget = 1e3 * seconds / (2 * rounds)
-    for _ in range(rounds):
-        for runner in runners:
-            _round(runner, device, budget)
+    # Graphs come last: whole calls find the same memory with them as without.
+    for one_round in (_round, _round_of_graphs) if graphs else (_round,):
+        for _ in range(rounds):
+            for runner in runners:
+                one_round(runner, device, budget)
     for runner in runners:
-        medians = {kind: statistics.median(times) for kind, times in runner.times.items() if times}
-        runner.result.forward_ms, runner.result.both_ms = medians.get("forward"), medians.get("both")
+        result = runner.result
+        result.forward_ms, result.both_ms = _medians(runner.times)
+        result.forward_graph_ms, result.both_graph_ms = _medians(runner.graph_times)
     return CaseReport(case, results, before, gpu_state(device))
+
+
+def _medians(times: dict[str, list[float]]) -> tuple[float | None, float | None]:
+    """Return the medians of "forward" and "both", None without times."""
+    forward, both = (statistics.median(times[kind]) if times.get(kind) else None for kind in _WORDS)
+    return forward, both
 
 
 def _prepare(method: Method, inputs: Inputs, reference: list[Tensor], result: Result) -> _Runner | None:
@@ -132,7 +150,7 @@ def _prepare(method: Method, inputs: Inputs, reference: list[Tensor], result: Re
             if result.status == "wrong":
                 return None
             kinds = ["forward"] if result.status == "forward only" else ["forward", "both"]
-            runner = _Runner(result, call, {}, {kind: [] for kind in kinds})
+            runner = _Runner(result, call, {}, {kind: [] for kind in kinds}, {kind: [] for kind in kinds})
             with call.context():
                 for kind in kinds:
                     runner.estimates[kind] = first_estimate(partial(runner.run, kind), device)
@@ -207,6 +225,23 @@ def _round(runner: _Runner, device: torch.device, budget: float) -> None:
         free_memory(device)
 
 
+def _round_of_graphs(runner: _Runner, device: torch.device, budget: float) -> None:
+    """Record a method and time its replays once more; what cannot be recorded says so and is not tried again."""
+    result = runner.result
+    if result.status == "failed":
+        return
+    for kind, times in list(runner.graph_times.items()):
+        try:
+            with runner.call.context():
+                times.append(time_graph(partial(runner.run, kind), device, budget))
+        except Exception as e:
+            del runner.graph_times[kind]
+            reason = f"{_WORDS[kind]}: {_reason(e, [])}"
+            result.graph_reason = "; ".join(text for text in (result.graph_reason, reason) if text)
+        # Outside the handler: an error's traceback holds what was allocated.
+        free_memory(device)
+
+
 def _reason(error: Exception, said: Sequence[warnings.WarningMessage]) -> str:
     """Return why a method failed, in one line: what torch warned of says more than "no available kernel"."""
     if isinstance(error, torch.OutOfMemoryError):
@@ -223,19 +258,28 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m attentio
     """Run the benchmark; a mistake of the user leaves with exit code 2."""
     parser = _parser(prog)
     args = parser.parse_args(arguments)
+    if args.graphs and args.from_json is None and (device := _device(args)).type != "cuda":
+        parser.error(
+            f"--graphs needs a CUDA GPU, and this run is on {device}.", "Leave --graphs out, or give --device a GPU."
+        )
     try:
         if args.from_json is not None:
             report = read_json(args.from_json)
+            args.graphs = args.graphs or bool(report.settings.get("graphs"))
             for case in report.cases:
-                print(table(case) + "\n")
+                print(table(case, args.graphs) + "\n")
         else:
             report = _run(args, [*prog.split(), *(sys.argv[1:] if arguments is None else arguments)])
-        print(summary(report.cases))
+        print(summary(report.cases, args.graphs))
         if args.plots is not None:
             for path in draw(report.cases, args.plots):
                 print(path)
     except (ValueError, OSError) as e:
         parser.error(str(e))
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _run(args: argparse.Namespace, command: list[str]) -> Report:
@@ -244,13 +288,13 @@ def _run(args: argparse.Namespace, command: list[str]) -> Report:
     cases = make_cases(args.shapes, args.dropout, args.causal)
     if args.plots is not None:
         check_drawable(cases)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(args)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU that torch can see; torch sees none.")
     if args.seconds <= 0 or args.rounds < 1:
         raise ValueError("--seconds must be positive and --rounds at least 1.")
     settings = {"dtype": args.dtype, "seconds": args.seconds, "rounds": args.rounds, "shapes": args.shapes}
-    settings["kernels"] = families.asked()
+    settings |= {"kernels": families.asked(), "graphs": args.graphs}
     date = datetime.now(UTC).isoformat(timespec="seconds")
     report = Report(date, command, describe_machine(device), settings)
     print(", ".join(f"{k} {v}" for k, v in report.environment.items() if v is not None) + "\n", flush=True)
@@ -260,10 +304,10 @@ def _run(args: argparse.Namespace, command: list[str]) -> Report:
             reason = f"--limit {args.limit:g} seconds were over"
             done = CaseReport(case, [Result(m.name, m.group, "not run", reason) for m in methods])
         else:
-            rule = {"dtype": DTYPES[args.dtype], "device": device, "seconds": args.seconds, "rounds": args.rounds}
-            done = measure_case(case, methods, **rule)
+            rule = {"seconds": args.seconds, "rounds": args.rounds, "graphs": args.graphs}
+            done = measure_case(case, methods, dtype=DTYPES[args.dtype], device=device, **rule)
         report.cases.append(done)
-        print(table(done) + "\n", flush=True)
+        print(table(done, args.graphs) + "\n", flush=True)
         if args.json is not None:
             write_json(report, args.json)
     return report
@@ -278,13 +322,13 @@ def _chosen(methods: list[Method], peers: str | None) -> list[Method]:
 class Parser(argparse.ArgumentParser):
     """Says in one sentence what is wrong and in one what to do, and leaves with 2."""
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str, remedy: str | None = None) -> NoReturn:
         """Print cause and remedy, exit with 2."""
-        print(f"error: {message}\n  Try: {self.prog} --help", file=sys.stderr)
+        print(f"error: {message}\n  {remedy or f'Try: {self.prog} --help'}", file=sys.stderr)
         raise SystemExit(2)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser(prog: str) -> Parser:
     parser = Parser(prog=prog, description="Time attention: ours beside every peer.")
     sets = ", ".join(SETS)
     parser.add_argument(
@@ -294,6 +338,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--dropout", type=float, help="dropout probability of every case, in place of its own")
     parser.add_argument("--causal", action="store_true", help="time under a causal mask")
     parser.add_argument("--tiled", action="store_true", help="time our PyTorch form too")
+    parser.add_argument("--graphs", action="store_true", help="time every method in CUDA graphs too: twice the time")
     parser.add_argument("--peers", help="of the peers, time those with one of these words in their names: flash,cudnn")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu; default: a GPU where there is one")
     parser.add_argument("--seconds", type=float, default=0.6, help="timing of a method in a case, about (default 0.6)")

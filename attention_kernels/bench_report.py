@@ -24,8 +24,9 @@ __all__ = [
 ]
 
 FORMAT = 1
-Ratios = tuple[float | None, float | None]
+Pair = tuple[float | None, float | None]  # forward, forward + backward
 _MIB = 2**20
+_NOTE_LENGTH = 160
 # Okabe and Ito's colours; methods differ by marker too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vPX*"
@@ -37,7 +38,8 @@ _PEERS = {"density": "ours, dense", "flex": "FlexAttention", "runtime": "standar
 class Result:
     """One method in one case.
 
-    status is "timed", "forward only", "wrong", "failed", "unsupported" or "not run"; reason says why.
+    status is "timed", "forward only", "wrong", "failed", "unsupported" or "not run"; reason says why. graph_reason says
+    what could not be recorded in a CUDA graph.
     """
 
     method: str
@@ -47,7 +49,15 @@ class Result:
     forward_ms: float | None = None
     both_ms: float | None = None
     peak_bytes: int | None = None
-    error: float | None = None  # largest relative distance to ours over output and gradients
+    # Largest relative distance to ours over output and gradients; of ours to a run of its own.
+    error: float | None = None
+    forward_graph_ms: float | None = None
+    both_graph_ms: float | None = None
+    graph_reason: str = ""
+
+    def times(self, graph: bool = False) -> Pair:
+        """Return the ms of forward and forward + backward, of whole calls or of replays of CUDA graphs."""
+        return (self.forward_graph_ms, self.both_graph_ms) if graph else (self.forward_ms, self.both_ms)
 
 
 @dataclass
@@ -63,7 +73,7 @@ class CaseReport:
         """Return our first form that was timed."""
         return next((r for r in self.results if r.group == "ours" and r.forward_ms is not None), None)
 
-    def best_peer(self, forward: bool) -> Result | None:
+    def best_peer(self, forward: bool, graph: bool = False) -> Result | None:
         """Return the fastest peer that the floors are measured against.
 
         The best SDPA backend; any peer with dropout; for packed cases torch's packed attention; for block-sparse cases
@@ -76,30 +86,33 @@ class CaseReport:
             peers = [r for r in peers if r.method == "torch varlen"]
         elif not self.case.dropout:
             peers = [r for r in peers if r.group == "sdpa"]
-        timed = [(ms, i) for i, r in enumerate(peers) if (ms := r.forward_ms if forward else r.both_ms) is not None]
+        which = 0 if forward else 1
+        timed = [(ms, i) for i, r in enumerate(peers) if (ms := r.times(graph)[which]) is not None]
         return peers[min(timed)[1]] if timed else None
 
-    def ratios(self) -> Ratios:
+    def ratios(self, graph: bool = False) -> Pair:
         """Return the best peer's time divided by ours, forward and forward + backward; above 1 we are faster.
 
+        With `graph` both times are those of replays, and the best peer is the fastest of these.
         In the sweep over densities the dense time counts times the density: 1 where skipped blocks cost nothing.
         """
-        forward, both = self.ratio(self.best_peer(True))[0], self.ratio(self.best_peer(False))[1]
+        forward, both = (self.ratio(self.best_peer(i == 0, graph), graph)[i] for i in (0, 1))
         if self.case.contest != "density":
             return forward, both
         share = self.case.density
         return None if forward is None else forward * share, None if both is None else both * share
 
-    def flash_ratios(self) -> Ratios:
+    def flash_ratios(self) -> Pair:
         """Return the same against SDPA's flash backend, FlashAttention-2."""
         return self.ratio(next((r for r in self.results if r.method == "SDPA flash"), None))
 
-    def ratio(self, peer: Result | None) -> Ratios:
+    def ratio(self, peer: Result | None, graph: bool = False) -> Pair:
         """Return a peer's times divided by ours, None where either is missing."""
         mine = self.ours()
         if mine is None or peer is None:
             return None, None
-        return _divide(peer.forward_ms, mine.forward_ms), _divide(peer.both_ms, mine.both_ms)
+        forward, both = (_divide(*times) for times in zip(peer.times(graph), mine.times(graph), strict=True))
+        return forward, both
 
 
 def _divide(above: float | None, below: float | None) -> float | None:
@@ -117,26 +130,35 @@ class Report:
     cases: list[CaseReport] = field(default_factory=list)
 
 
-def table(report: CaseReport) -> str:
-    """Return one case as lines of text, a line a method, whatever became of it."""
+def table(report: CaseReport, graphs: bool = False) -> str:
+    """Return one case as lines of text, a line a method, whatever became of it; with `graphs` replays too."""
     case = report.case
+    replays = f"{'graph fwd ms':>14}{'graph f+b ms':>14}" if graphs else ""
     lines = [
         case.name,
-        f"  {'method':<19}{'forward ms':>12}{'fwd+bwd ms':>12}{'TFLOP/s':>9}{'f+b':>7}{'peak MiB':>10}{'error':>9}",
+        f"  {'method':<19}{'forward ms':>12}{'fwd+bwd ms':>12}{replays}"
+        f"{'TFLOP/s':>9}{'f+b':>7}{'peak MiB':>10}{'to ours':>9}",
     ]
     for r in report.results:
         speed = ["-" if ms is None else f"{n * case.flops() / ms / 1e9:.1f}" for ms, n in _speeds(r)]
         peak = "-" if r.peak_bytes is None else f"{r.peak_bytes / _MIB:.0f}"
         error = "-" if r.error is None else f"{r.error:.1e}"
-        note = "" if r.status == "timed" else f"{r.status}: {r.reason}"
-        if r.group == "ours" and r.peak_bytes is not None:
-            note = f"{note} (linear memory allows {case.memory_allowed() / _MIB:.0f} MiB in 16 bits)".strip()
+        replays = "".join(f"{_ms(ms):>14}" for ms in r.times(graph=True)) if graphs else ""
         lines.append(
-            f"  {r.method:<19}{_ms(r.forward_ms):>12}{_ms(r.both_ms):>12}{speed[0]:>9}{speed[1]:>7}{peak:>10}{error:>9}"
-            f"  {note[:160]}".rstrip()
+            f"  {r.method:<19}{_ms(r.forward_ms):>12}{_ms(r.both_ms):>12}{replays}"
+            f"{speed[0]:>9}{speed[1]:>7}{peak:>10}{error:>9}  {_note(r, case, graphs)}".rstrip()
         )
     lines.append("  " + _verdict(report))
     return "\n".join(lines)
+
+
+def _note(r: Result, case: Case, graphs: bool) -> str:
+    """Return what a method's line says behind its numbers."""
+    note = "" if r.status == "timed" else f"{r.status}: {r.reason}"
+    if r.group == "ours" and r.peak_bytes is not None:
+        note = f"{note} (linear memory allows {case.memory_allowed() / _MIB:.0f} MiB in 16 bits)".strip()
+    refused = f"not in a CUDA graph: {r.graph_reason}" if graphs and r.graph_reason else ""
+    return " ".join(text[:_NOTE_LENGTH] for text in (note, refused) if text)
 
 
 def _speeds(r: Result) -> tuple[tuple[float | None, float], tuple[float | None, float]]:
@@ -164,11 +186,12 @@ def _verdict(report: CaseReport) -> str:
     return "; ".join(parts)
 
 
-def summary(cases: Sequence[CaseReport]) -> str:
-    """Return a Markdown table of ours against the best peer, a row a case."""
+def summary(cases: Sequence[CaseReport], graphs: bool = False) -> str:
+    """Return a Markdown table of ours against the best peer, a row a case; with `graphs` the ratio of replays too."""
+    added = (" in CUDA graphs |", "---|") if graphs else ("", "")
     lines = [
-        "| case | ours, ms fwd / fwd+bwd | best peer, ms fwd / fwd+bwd | ratio | floor | to SDPA flash |",
-        "|---|---|---|---|---|---|",
+        f"| case | ours, ms fwd / fwd+bwd | best peer, ms fwd / fwd+bwd | ratio | floor |{added[0]} to SDPA flash |",
+        f"|---|---|---|---|---|{added[1]}---|",
     ]
     for report in cases:
         mine = report.ours()
@@ -176,14 +199,15 @@ def summary(cases: Sequence[CaseReport]) -> str:
         forward, both = report.best_peer(True), report.best_peer(False)
         peers = f"{_ms(forward.forward_ms if forward else None)} / {_ms(both.both_ms if both else None)}"
         names = ", ".join(dict.fromkeys(r.method for r in (forward, both) if r is not None))
-        ratio, flash = _pair(report.ratios()), _pair(report.flash_ratios())
         floor = " / ".join(f"{x:g}" for x in report.case.floor) if report.case.floor else "-"
         peers += f" ({names})" if names else ""
-        lines.append(f"| {report.case.name} | {ours} | {peers} | {ratio} | {floor} | {flash} |")
+        columns = [report.case.name, ours, peers, _pair(report.ratios()), floor]
+        columns += [_pair(report.ratios(graph=True))] if graphs else []
+        lines.append(f"| {' | '.join([*columns, _pair(report.flash_ratios())])} |")
     return "\n".join(lines)
 
 
-def _pair(ratios: Ratios) -> str:
+def _pair(ratios: Pair) -> str:
     return " / ".join("-" if x is None else f"{x:.2f}" for x in ratios)
 
 
