@@ -45,6 +45,8 @@ def plans_of(q: Tensor, dropout: bool, deterministic: bool, sparse: int) -> list
         return plan(kernel, -(-q.shape[-1] // 8) * 8, _DTYPES[q.dtype], drops, hopper, sparse)
 
     found = [of("forward", dropout), of("preprocess", dropout)]
+    if found[0].hopper:
+        found.append(of("order", False))
     whole = of("backward", dropout)
     if deterministic or not launcher.fits(whole, index):
         found += [of("backward_queries", dropout), of("backward_keys", dropout)]

@@ -110,13 +110,14 @@ def check_layout(layout: BlockLayout, q: Tensor, length_name: str, length: int) 
     """Raise ValueError unless the layout covers the length and has q's heads and device."""
     if not isinstance(layout, BlockLayout):
         raise ValueError(f"layout must be a BlockLayout, got {type(layout).__name__}.")
-    if layout.num_blocks * layout.block_size < length:
+    if layout.length < length and layout.num_blocks * layout.block_size < length:
         raise ValueError(
             f"layout must be at least as long as {length_name} {length}, "
             f"got {layout.num_blocks} blocks of {layout.block_size}."
         )
     num_heads = q.shape[-2]
-    if len(layout.head_to_pattern) not in (1, num_heads):
-        raise ValueError(f"layout must be for {num_heads} heads or for all, got {len(layout.head_to_pattern)} heads.")
+    num_patterned = layout.head_to_pattern.shape[0]
+    if num_patterned != 1 and num_patterned != num_heads:
+        raise ValueError(f"layout must be for {num_heads} heads or for all, got {num_patterned} heads.")
     if layout.device != q.device:
         raise ValueError(f"layout must be on q's device {q.device}, got {layout.device}: use layout.to(q.device).")

@@ -5,7 +5,7 @@ Standard library only: the compiler's child process reads none of torch.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 Kernel = Literal[
@@ -13,6 +13,7 @@ Kernel = Literal[
     "backward",
     "backward_keys",
     "backward_queries",
+    "order",
     "preprocess",
     "postprocess",
     "hopper_forward",
@@ -22,6 +23,7 @@ Kernel = Literal[
 WIDTHS = (16, 32, 64, 96, 128)
 DTYPES = ("float16", "bfloat16")
 # backward: all three gradients, dQ by atomics; backward_keys and backward_queries: the same without atomics.
+_OF_ANY_WIDTH: tuple[Kernel, ...] = ("order", "preprocess")
 _LOOPS: tuple[Kernel, ...] = ("forward", "backward", "backward_keys", "backward_queries")
 
 
@@ -35,13 +37,14 @@ class Tiles:
     step: int
     stages: int
     min_blocks: int  # blocks a multiprocessor that the compiler must leave registers for
-    # What is read from shared memory instead of registers: 1 v, 2 k as well (generic backward over keys); 1 q (Hopper
-    # forward); 1 k and v (Hopper backward).
+    # What is read from shared memory instead of registers: 1 v, 2 k as well (generic backward over keys); 1 q
+    # (Hopper forward); 1 k and v (Hopper backward).
     shared_operands: int = 0
     ds_slots: int = 0  # Hopper backward: tiles of dS at a time
     turns: int = 0  # Hopper forward: 1 lets the warpgroups take turns at queueing products
     persistent: int = 1  # Hopper: 1 launches as many blocks as run at a time, 0 one for each piece of work
     teams: int = 1  # Hopper: into how many the computing warps of a block fall, each with pieces of work of its own
+    one_list: int = 0  # Hopper, block-sparse: 1 where a team of several groups has at most the rows of one block
     # Hopper backward: dQ goes to its sums by additions of the lanes (1) or by bulk reductions (2).
     sums: int = 0
     ahead: int = 0  # Hopper backward: 1 queues S of a tile behind dV and dK of the one before
@@ -77,7 +80,7 @@ class Plan:
         """Macros of the build."""
         t = self.tiles
         named = {"HEAD_DIM": self.width, "DTYPE_BF16": int(self.dtype == "bfloat16"), "WARPS": t.warps}
-        if self.kernel == "preprocess":
+        if self.kernel in ("order", "preprocess"):
             return named
         if self.kernel == "postprocess":
             return named | {"TILED": int(self.tiled)}
@@ -89,6 +92,7 @@ class Plan:
         }
         if self.hopper:
             named |= {"TEAMS": t.teams, "SHARED_OPERANDS": t.shared_operands, **self._kernels_of_build}
+            named["ONE_LIST"] = int(t.one_list or t.warps == 4 * t.teams)
             if self.kernel == "hopper_backward":
                 named |= {"DS_SLOTS": t.ds_slots, "PERSISTENT": t.persistent}
                 return named | {"SUMS": t.sums, "AHEAD": t.ahead, "PAIRS": t.pairs}
@@ -107,9 +111,15 @@ class Plan:
 
     @property
     def _over_keys(self) -> bool:
+        """Whether the source is the generic kernel over keys."""
         return self.kernel in ("backward", "backward_keys")
 
-    @property
+    @cached_property
+    def over_keys(self) -> bool:
+        """Whether the stationary rows are keys."""
+        return self._over_keys or self.kernel == "hopper_backward"
+
+    @cached_property
     def hopper(self) -> bool:
         """Whether it is of the family for 9.0."""
         return self.kernel.startswith("hopper_")
@@ -119,32 +129,33 @@ class Plan:
         """Bytes of spills that are known to lie outside the loop of products."""
         return _COPIERS_SPILL.get((self.tiles, self.dropout), 0) if self.sparse and self.hopper else 0
 
-    @property
+    @cached_property
     def threads(self) -> int:
         """Threads a block; the Hopper family has four warps more that copy."""
         return 32 * (self.tiles.warps + 4 * self.hopper)
 
-    @property
+    @cached_property
     def persistent(self) -> bool:
         """Whether a block goes from one piece of work to the next: then a launch has as many as run at a time."""
         return self.hopper and self.tiles.persistent == 1
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Stationary rows (queries, or keys in backward_keys) a piece of work: a block's, a team's, a tile of sums."""
         if self.tiled:
             return 64
         return 16 * self.tiles.row_tiles * self.tiles.warps // self.tiles.teams
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory a block: two tiles a stage, and what backward over keys lays beside them."""
-        if self.kernel in ("preprocess", "postprocess"):
+        if self.kernel in ("order", "preprocess", "postprocess"):
             return 0
         t = self.tiles
         stage = 2 * t.tile * self.width * 2
         if self.kernel == "hopper_forward":
-            return self._of_teams(t.stages * (stage + 24) + t.shared_operands * self.rows * self.width * 2)
+            queries = t.shared_operands * (self.rows * self.width * 2 + 16)
+            return self._of_teams(t.stages * (stage + 24) + queries)
         if self.kernel == "hopper_backward":
             slots = t.ds_slots * (self.rows * t.tile * 2 + 16)
             keys = (1 + t.persistent) * (2 * self.rows * self.width * 2 + 16)
@@ -231,21 +242,21 @@ _HOPPER_BACKWARD = {
     128: Tiles(8, 1, 64, 0, 2, 1, 1, 2, persistent=0, sums=2),
 }
 # Block-sparse: a stage is one step of the walk, 64 keys or queries. Where registers and shared memory allow, teams have
-# at most the rows of one block of the layout, so that no group sits out what others want; where groups with different
-# lists share stages, there are more stages and tiles of dS than in dense kernels. By kernel, width and dropout.
+# at most the rows of one block of the layout, and so one list: no group sits out what others want. Where groups with
+# different lists share stages, there are more stages and tiles of dS than in dense kernels. By kernel, width, dropout.
 _HOPPER_SPARSE: dict[tuple[Kernel, int, bool], Tiles] = {
-    ("hopper_forward", 32, False): Tiles(16, 1, 64, 64, 8, 1, teams=2),
+    ("hopper_forward", 32, False): Tiles(16, 1, 64, 64, 8, 1, teams=2, one_list=1),
     ("hopper_forward", 32, True): Tiles(12, 1, 64, 64, 6, 1, teams=3),
-    ("hopper_forward", 64, False): Tiles(12, 1, 64, 64, 4, 1, teams=3),
+    ("hopper_forward", 64, False): Tiles(16, 1, 64, 64, 6, 1, 1, teams=2, one_list=1),
     ("hopper_forward", 64, True): Tiles(12, 1, 64, 64, 4, 1, teams=3),
     ("hopper_forward", 96, False): Tiles(12, 1, 64, 64, 6, 1, 1),
     ("hopper_forward", 96, True): Tiles(12, 1, 64, 64, 6, 1, 1),
     ("hopper_forward", 128, False): Tiles(12, 1, 64, 64, 5, 1, 1),
     ("hopper_forward", 128, True): Tiles(12, 1, 64, 64, 5, 1, 1),
-    ("hopper_backward", 32, False): Tiles(12, 1, 64, 0, 6, 1, 0, 4, sums=1),
-    ("hopper_backward", 32, True): Tiles(8, 1, 64, 0, 6, 1, 0, 4, sums=1),
-    ("hopper_backward", 64, False): Tiles(8, 1, 64, 0, 4, 1, 0, 3, sums=1),
-    ("hopper_backward", 64, True): Tiles(8, 1, 64, 0, 4, 1, 0, 3, sums=1),
+    ("hopper_backward", 32, False): Tiles(12, 1, 64, 0, 5, 1, 0, 1, teams=3, sums=1),
+    ("hopper_backward", 32, True): Tiles(8, 1, 64, 0, 6, 1, 0, 3, one_list=1, sums=1),
+    ("hopper_backward", 64, False): Tiles(8, 1, 64, 0, 4, 1, 0, 2, one_list=1, sums=2),
+    ("hopper_backward", 64, True): Tiles(8, 1, 64, 0, 4, 1, 0, 3, one_list=1, sums=1),
     # No room for more: the dense kernels' tiles, and so their builds.
     ("hopper_backward", 96, False): _HOPPER_BACKWARD[96],
     ("hopper_backward", 96, True): _DROPOUT["hopper_backward", 96],
@@ -255,15 +266,16 @@ _HOPPER_SPARSE: dict[tuple[Kernel, int, bool], Tiles] = {
 # Where blocks of 64 run on other tiles than blocks of 128: on teams of one group.
 _HOPPER_SPARSE_64: dict[tuple[Kernel, int, bool], Tiles] = {
     ("hopper_forward", 32, False): Tiles(16, 1, 64, 64, 6, 1, 1, teams=4),
-    ("hopper_backward", 32, False): Tiles(12, 1, 64, 0, 6, 1, 0, 1, persistent=0, teams=3, sums=1),
+    ("hopper_forward", 64, False): Tiles(12, 1, 64, 64, 4, 1, teams=3),
     ("hopper_backward", 32, True): Tiles(12, 1, 64, 0, 6, 1, 0, 1, persistent=0, teams=3, sums=1),
-    ("hopper_backward", 64, False): Tiles(8, 1, 64, 0, 5, 1, 0, 1, persistent=0, teams=2, sums=1),
+    ("hopper_backward", 64, False): Tiles(8, 1, 64, 0, 4, 1, 0, 1, teams=2, sums=1),
     ("hopper_backward", 64, True): Tiles(8, 1, 64, 0, 5, 1, 0, 1, persistent=0, teams=2, sums=1),
 }
-# Bytes that the copying warps alone spill, whose time is hidden: seen in the disassembly with NVRTC 13.0. A kernel that
-# spills more has to be looked at again.
+# Bytes spilled outside the loops of products, seen in the disassembly with NVRTC 13.0: by the copying warps, whose time
+# is hidden, and three words of the forward's computing warps once a piece of work. A kernel that spills more has to be
+# looked at again.
 _COPIERS_SPILL = {
-    (_HOPPER_SPARSE["hopper_forward", 32, False], False): 48,
+    (_HOPPER_SPARSE["hopper_forward", 64, False], False): 160,
     (_HOPPER_SPARSE_64["hopper_backward", 32, True], True): 48,
 }
 _TABLES = {"forward": _FORWARD, "backward": _ALL, "backward_keys": _KEYS, "backward_queries": _QUERIES}
@@ -278,10 +290,12 @@ def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool 
     """Return the plan of a call; `dtype` is "float16" or "bfloat16". Raises ValueError for another.
 
     `hopper` asks for the family for 9.0 where it has the kernel and the width; `sparse`, a layout's block size, for the
-    block-sparse kernel. Every plan computes layouts of any block size; blocks of 64 may have a faster one of their own.
+    block-sparse kernel; the plan of 128 computes no other where its teams of two groups follow one list.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16 or bfloat16, got {dtype}.")
+    if kernel == "order":
+        return Plan(kernel, WIDTHS[-1], dtype, False, Tiles(32, 1, 0, 0, 0, 1))
     if kernel == "preprocess":
         return Plan(kernel, WIDTHS[-1], dtype, False, Tiles(8, 1, 0, 0, 0, 1))
     width = width_of(head_dim)
@@ -309,7 +323,7 @@ def all_plans() -> list[Plan]:
     loops += [plan("postprocess", w, d, False) for w in WIDTHS for d in DTYPES]
     loops += [plan("postprocess", w, d, False, hopper=True) for w in _HOPPER_BACKWARD for d in DTYPES]
     loops += hopper_plans()
-    return loops + [plan("preprocess", 0, dtype, False) for dtype in DTYPES]
+    return loops + [plan(kernel, 0, dtype, False) for kernel in _OF_ANY_WIDTH for dtype in DTYPES]
 
 
 def hopper_plans() -> list[Plan]:
@@ -328,5 +342,4 @@ def cover_plans() -> list[Plan]:
     # With dropout where tiles are block-sparse only: there every variant is free of spills.
     sparse = [plan(k, w, DTYPES[i], True, hopper=True, sparse=128) for k in _HOPPER for i, w in enumerate((32, 64))]
     rest = [plan("postprocess", 32, "float16", False, tiled) for tiled in (False, True)]
-    rest.append(plan("preprocess", 0, "bfloat16", False))
-    return picked + hopper + sparse + rest
+    return picked + hopper + sparse + rest + [plan(kernel, 0, "bfloat16", False) for kernel in _OF_ANY_WIDTH]

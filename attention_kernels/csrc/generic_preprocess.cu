@@ -1,25 +1,30 @@
 // What the backward needs of each query row, once: stats = (lse in base 2, rowsum(dO * O) - dlse), in float32.
-// Zeros dQ's sums as well where they are tiles (dq_tiles.cuh) and so given.
+// Zeros dQ's sums as well where they are tiles (dq_tiles.cuh) and so given. Where the backward has an order of its pieces of work,
+// one block more, the first, makes it.
 //
 // Build: -DDTYPE_BF16={0,1} -DWARPS=8 -DHEAD_DIM=128 (an upper bound; the width itself is a run-time number).
 // Eight elements a lane; as many neighbouring lanes as a row needs, rounded up to a power of two, share a row.
 #include "common/dq_tiles.cuh"
+#include "common/order.cuh"
 #include "common/overlap.cuh"
 #include "common/tiles.cuh"
 
 __device__ __forceinline__ void zero_sums(const Params& p) {
     const int width = (p.head_dim + 31) / 32 * 32;
     const i64 words = tiles_a_head(p) * p.heads * (p.cu_q == nullptr ? p.batch : 1) * (16 * width);
-    for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < words; i += (i64)gridDim.x * THREADS)
+    const u32 ordering = p.order != nullptr;
+    for (i64 i = (i64)(blockIdx.x - ordering) * THREADS + threadIdx.x; i < words; i += (i64)(gridDim.x - ordering) * THREADS)
         ((uint4*)p.dq_sums)[i] = {0, 0, 0, 0};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention_preprocess(const __grid_constant__ Params p) {
     let_successor_start();
+    if (p.order != nullptr && blockIdx.x == 0) return make_order<true, THREADS>(p);
     if (p.dq_sums != nullptr) zero_sums(p);
     int lanes = 1;
     while (lanes * 8 < p.head_dim) lanes *= 2;
-    const i64 index = ((i64)blockIdx.x * THREADS + threadIdx.x) / lanes;
+    const u32 block = blockIdx.x - (p.order != nullptr);
+    const i64 index = ((i64)block * THREADS + threadIdx.x) / lanes;
     const int part = threadIdx.x % lanes;
     const bool live = index < p.total_q * p.heads;
     // Why heads are innermost: (B, L, H, D) then is read in memory's order.

@@ -5,7 +5,8 @@
 //   WARPS (computing, four a group), TEAMS, STAGES (of 64 queries), DS_SLOTS, PERSISTENT, MIN_BLOCKS,
 //   SHARED_OPERANDS (0: k and v as fragments in registers; 1: both from shared memory), SUMS (backward_dq.cuh),
 //   AHEAD (1: S^T of a tile is queued behind dV and dK of the one before), PAIRS (1: two warps share their draws of the
-//   dropout mask). The block-sparse kernel goes without the last two.
+//   dropout mask), ONE_LIST (1: block-sparse, all groups of a team follow one list). The block-sparse kernel goes without
+//   AHEAD and PAIRS.
 //
 // The last warpgroup copies tiles of q, dO and the row statistics; each of the others owns 64 keys:
 //
@@ -76,6 +77,17 @@ __device__ __forceinline__ void multiply_queries(Sums& sums, const Fragments& a,
         Product<HEAD_DIM>::registers<true>(sums, a[step], rows_inside<QUERY_TILE>(tile_place, 16 * step), true);
 }
 
+// Rows of dk and dv. Why the work is found anew, from a number that the compiler takes for another: what only the end needs
+// holds no registers.
+__device__ __forceinline__ void store_sums(const Params& p, u32 id, const Keys& keys) {
+    const Work w = find_work(p, afresh(id), false);
+    const int key = w.tile * KEYS + this_warp() * 16;
+    u16* dk = at(p.dk, p.dkv_strides, w, w.k_start);
+    u16* dv = at(p.dv, p.dkv_strides, w, w.k_start);
+    store_rows(dk, p.dkv_strides.row, key, w.k_len, p.head_dim, keys.dk, p.scale, p.scale);
+    store_rows(dv, p.dkv_strides.row, key, w.k_len, p.head_dim, keys.dv, p.keep_scale, p.keep_scale);
+}
+
 // The part of a group whose 64 keys all lie past the end: dS is 0, and it takes its turns at dQ.
 __device__ __forceinline__ void stand_by(const Params& p, const Places& places, const Work& w, u32 keys, Ring& ring, Ring& ds_ring) {
     const int group = this_group();
@@ -124,9 +136,18 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
     Ring ds_before = ds_ring;
     int adding = GROUPS - 1, row_before = -1;  // the group that adds dQ of the tile before, and that tile's first row
     u32 who_before = 0;
-    constexpr bool ahead = AHEAD && !LISTED;
+    constexpr bool SEEKS = LISTED && !ONE_LIST, ahead = AHEAD && !LISTED;
     static_assert(!ahead || GROUPS > 1, "a group alone queues dQ where S of the next tile would be");
     Block s;
+    // A list without entries is one stage without queries.
+    if (LISTED && ONE_LIST) {
+        await(places.filled(ring.slot()), ring.filled());
+        if ((read_step(places.step(ring.slot())).who & ~LAST_STAGE) == 0) {
+            arrive_warp(places.emptied(ring.slot()));
+            ring.next<STAGES>();
+            return store_sums(p, id, keys);
+        }
+    }
     if (ahead && QueryTiles(p, w).left(w)) {
         await(places.filled(ring.slot()), ring.filled());
         open_products();
@@ -140,12 +161,8 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
         if (!ahead) await(places.filled(ring.slot()), ring.filled());
         const Step step = LISTED ? read_step(places.step(ring.slot())) : Step{tile.row, 0};
         const int row = step.row;
-        if (LISTED && !(step.who >> group & 1)) {
+        if (SEEKS && !(step.who >> group & 1)) {
             arrive_warp(places.emptied(ring.slot()));
-            if (GROUPS == 1) {  // an empty list
-                ring.next<STAGES>();
-                break;
-            }
             // Why the wait: a group must not be counted for two tiles of a slot.
             await(places.ds_emptied(ds_ring.slot()), ds_ring.emptied());
             arrive_warp(places.ds_filled(ds_ring.slot()));
@@ -206,7 +223,7 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
             if (ahead) wait_products<0>();
         }
         // By now all groups have written dS of the tile before.
-        if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, dq_sums, row_before, who_before);
+        if (row_before >= 0 && adding == group) add_dq<SEEKS>(places, ds_before, keys_at, dq_sums, row_before, who_before);
         row_before = row;
         who_before = step.who;
         adding = adding + 1 == GROUPS ? 0 : adding + 1;
@@ -215,15 +232,8 @@ __device__ __forceinline__ void differentiate_work(const Params& p, const Places
         ds_ring.next<DS_SLOTS>();
         if (LISTED && step.who & LAST_STAGE) break;
     }
-    if (row_before >= 0 && adding == group) add_dq<LISTED>(places, ds_before, keys_at, dq_sums, row_before, who_before);
-    // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
-    asm volatile("" : "+r"(id));
-    const Work end = find_work(p, id, false);
-    const int key = end.tile * KEYS + this_warp() * 16;
-    u16* dk = at(p.dk, p.dkv_strides, end, end.k_start);
-    u16* dv = at(p.dv, p.dkv_strides, end, end.k_start);
-    store_rows(dk, p.dkv_strides.row, key, end.k_len, p.head_dim, keys.dk, p.scale, p.scale);
-    store_rows(dv, p.dkv_strides.row, key, end.k_len, p.head_dim, keys.dv, p.keep_scale, p.keep_scale);
+    if (row_before >= 0 && adding == group) add_dq<SEEKS>(places, ds_before, keys_at, dq_sums, row_before, who_before);
+    store_sums(p, id, keys);
 }
 
 // Zeros the rows of dk and dv from `from` on (padding keys, or rows of no sequence), shared out by tile.
@@ -273,6 +283,7 @@ __device__ __forceinline__ void run(const Params& p) {
     Ring keys = {0}, ring = {0};
 #if PERSISTENT
     let_successor_start();
+    if (p.order != nullptr) await_predecessor();  // it makes the order of the pieces of work
 #endif
     if (threadIdx.x < THREADS) {
         take_registers<computer_registers(WARPS / 4, MIN_BLOCKS)>();

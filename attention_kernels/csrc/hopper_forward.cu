@@ -2,7 +2,8 @@
 //
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
 //   WARPS (computing, four a group), KEY_TILE (keys a stage), STAGES, MIN_BLOCKS,
-//   SHARED_OPERANDS (1: queries in shared memory instead of registers).
+//   SHARED_OPERANDS (1: queries in shared memory instead of registers), TURNS (1: groups queue products in turn; not
+//   block-sparse), ONE_LIST (1: block-sparse, all groups of a team follow one list of blocks).
 //
 // The last warpgroup copies tiles of keys and values; each of the others owns 64 queries and runs through them:
 //     S = Q K^T (Q from registers, K rows outside)    P = exp2(S c - reference)    O += P V (P from registers, V rows inside)
@@ -16,8 +17,9 @@
 //
 // Persistent: a block goes from one piece of work to the next, and copies run ahead into the next piece.
 //
-// Block-sparse, a stage holds keys that some groups want and others pass by. The copiers walk the groups' lists; a group
-// that meets its next stage soon keeps to the order above, and else is done with O += P V before it goes to look for it.
+// Block-sparse, the copiers walk the groups' lists. With one list a team every stage is for all of its groups. With several
+// a stage holds keys that some groups want and others pass by: a group that meets its next stage soon keeps to the order
+// above, and else is done with O += P V before it goes to look for it.
 #define ROW_TILES 1
 #define BLOCKS (KEY_TILE / 8)
 #include "common/forward_stages.cuh"
@@ -27,7 +29,8 @@
 struct Queries {
 #if SHARED_OPERANDS
     u32 shared;
-    __device__ __forceinline__ u32 tile() const { return shared + QUERIES_AT + this_group() * GROUP_BYTES; }
+    Ring place;  // block-sparse, as in QueryCopies
+    __device__ __forceinline__ u32 tile() const { return Stages{shared}.queries(this_group()); }
 #else
     u32 fragments[K_STEPS][4];
 #endif
@@ -36,7 +39,6 @@ struct Queries {
 __device__ __forceinline__ void load_queries(Queries& q, const Params& p, const Stages& stages, const Work& w) {
     const u16* rows = at(p.q, p.q_strides, w, w.q_start);
 #if SHARED_OPERANDS
-    q.shared = stages.shared;
     copy_panels<64, 128>(q.tile(), rows, p.q_strides.row, w.tile * ROWS + this_group() * 64, w.q_len, p.head_dim);
     commit_copies();
     wait_copies<0>();
@@ -49,7 +51,8 @@ __device__ __forceinline__ void load_queries(Queries& q, const Params& p, const 
 #endif
 }
 
-// Queries in registers are loaded one piece of work ahead, while the rows of the one before are stored.
+// Queries in registers are loaded one piece of work ahead, while the rows of the one before are stored. Those in shared memory
+// the copiers bring where the kernel is block-sparse.
 #define QUERIES_AHEAD (!SHARED_OPERANDS)
 
 __device__ __forceinline__ void load_ahead(Queries& q, const Params& p, const Stages& stages, const Works& works) {
@@ -61,6 +64,21 @@ __device__ __forceinline__ void load_ahead(Queries& q, const Params& p, const St
 __device__ __forceinline__ void load_next(Queries& q, const Params& p, const Stages& stages, Works works) {
     works.next();
     load_ahead(q, p, stages, works);
+}
+
+// Until the copiers have brought them; and back to the copiers, after the last scores.
+__device__ __forceinline__ void await_queries(const Queries& q, const Stages& stages) {
+#if SHARED_OPERANDS
+    await(stages.queries_filled(), q.place.filled());
+    __syncwarp();
+#endif
+}
+
+__device__ __forceinline__ void free_queries(Queries& q, const Stages& stages) {
+#if SHARED_OPERANDS
+    arrive_warp(stages.queries_emptied());
+    q.place.next<1>();
+#endif
 }
 
 __device__ __forceinline__ void multiply_keys(Scores& s, const Queries& q, u32 k_tile) {
@@ -171,7 +189,10 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
     const int num_tiles = LISTED ? 0 : count_tiles(p, w);
     const int first_row = w.tile * ROWS + this_warp() * 16;
     const int unmasked = p.causal ? min(w.k_len, first_row + w.offset + 1) : w.k_len;
-    if (!QUERIES_AHEAD) load_queries(q, p, stages, w);
+    constexpr bool QUERIES_COPIED = LISTED && SHARED_OPERANDS, SEEKS = LISTED && !ONE_LIST;
+    static_assert(!LISTED || !TURNS, "groups that pass a stage by would have to pass on a turn");
+    if (QUERIES_COPIED) await_queries(q, stages);
+    else if (!QUERIES_AHEAD) load_queries(q, p, stages, w);
     Rows rows;
 #pragma unroll
     for (int d = 0; d < HEAD_DIM / 8; ++d)
@@ -184,7 +205,8 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
     Mask keep;
 #endif
     Seeker seeker = {false, false};
-    if (LISTED ? !seeker.find(stages, ring, turn, 0x7fffffff, unmasked) : num_tiles == 0) {
+    if (SEEKS ? !seeker.find(stages, ring, 0x7fffffff, unmasked) : LISTED ? !seeker.enter(stages, ring) : num_tiles == 0) {
+        if (QUERIES_COPIED) free_queries(q, stages);
         load_next(q, p, stages, works);
         return finish(rows, p, w, first_row);
     }
@@ -192,7 +214,7 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
     Scores s;
     Weights weights;
     float sums[1][2];
-    // Dense, once: the first tile, the others, the last one's values. Block-sparse, for each run of tiles near each other.
+    // Once: the first tile, the others, the last one's values. Where groups seek theirs, for each run of tiles near each other.
     do {
         if (!LISTED) await(stages.filled(ring.slot()), ring.filled());
         turn.take();
@@ -214,8 +236,11 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
 
         // Why not further than STAGES - 2: the copiers wait for `before`.
 #pragma unroll 1
-        for (int next = KEY_TILE; LISTED ? seeker.find(stages, ring, turn, STAGES - 2, unmasked) : next < num_tiles * KEY_TILE; next += KEY_TILE) {
-            if (!LISTED) await(stages.filled(ring.slot()), ring.filled());
+        for (int next = KEY_TILE; SEEKS    ? seeker.find(stages, ring, STAGES - 2, unmasked)
+                                  : LISTED ? !seeker.last
+                                           : next < num_tiles * KEY_TILE;
+             next += KEY_TILE) {
+            if (!SEEKS) await(stages.filled(ring.slot()), ring.filled());
             turn.take();
             open_products();
             multiply_keys(s, q, stages.keys(ring.slot()));
@@ -224,6 +249,7 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
             multiply_values(rows, weights, stages.keys(before) + TILE_BYTES);
             close_products();
             turn.pass();
+            if (LISTED && !SEEKS) seeker.read(stages, ring);
 #if DROPOUT
             // While the products run.
             draw(keep, p, philox, first_row, LISTED ? Seeker::column(stages, ring) : next);
@@ -250,12 +276,14 @@ __device__ __forceinline__ void attend(const Params& p, const Stages& stages, Ri
             before = ring.slot();
             ring.next<STAGES>();
         }
+        if (QUERIES_COPIED && !SEEKS) free_queries(q, stages);
         open_products();
         multiply_values(rows, weights, stages.keys(before) + TILE_BYTES);
         close_products();
         wait_products<0>();
         arrive_warp(stages.emptied(before));
-    } while (LISTED && seeker.find(stages, ring, turn, 0x7fffffff, unmasked));
+    } while (SEEKS && seeker.find(stages, ring, 0x7fffffff, unmasked));
+    if (QUERIES_COPIED && SEEKS) free_queries(q, stages);
     load_next(q, p, stages, works);
     // Why found anew, from a number that the compiler takes for another: what only the end needs holds no registers.
     u32 id = works.id;
@@ -273,7 +301,12 @@ __device__ __forceinline__ void run(const Params& p) {
         make_barrier(stages.filled(team_thread()), COPIERS);
         make_barrier(stages.emptied(team_thread()), WARPS / TEAMS);
     }
+    if (LISTED && SHARED_OPERANDS && threadIdx.x < THREADS && team_thread() == 0) {
+        make_barrier(stages.queries_filled(), COPIERS);
+        make_barrier(stages.queries_emptied(), WARPS / TEAMS);
+    }
     __syncthreads();
+    await_predecessor();  // it makes the order of the pieces of work
     if (threadIdx.x >= THREADS) {
         give_registers<copier_registers(WARPS / 4, MIN_BLOCKS)>();
         // Counted anew: a number that both roles share is one that the registers of neither may hold.
@@ -286,6 +319,9 @@ __device__ __forceinline__ void run(const Params& p) {
     const Turn<TURNS ? GROUPS : 1> turn(threadIdx.x / 128);
     Ring ring = {0};
     Queries q;
+#if SHARED_OPERANDS
+    q.shared = stages.shared, q.place = {0};
+#endif
     Works works;
     load_ahead(q, p, stages, works);
     for (; works.left(p); works.next()) {

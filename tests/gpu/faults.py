@@ -7,8 +7,11 @@ A new fault is a line here: its text must stand in its file exactly once (tests/
 """
 
 import os
+import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pytest
@@ -16,12 +19,15 @@ import torch
 
 import attention_kernels as ak
 from attention_kernels import compiler, families, kernel_plan
+from attention_kernels.kernel_plan import Plan, plan
 from tests.gpu.cases import Case, Guard, Rule, compare, formula, ours
 from tests.gpu.random_cases import Drawn, make
 from tests.gpu.sparse_cases import Pattern, make_layout, make_sparse
 
 # Exit statuses; none is 1, which is Python's own for what went wrong elsewhere.
 NOTHING, NOTICED, NOT_BUILT = 0, 3, 5
+# Environment variable: the folder of the sources without the fault.
+SOUND = "SOUND_KERNELS"
 REPEATS = 6
 
 
@@ -50,6 +56,7 @@ _WALK = "common/walk.cuh"
 _HOPPER_FORWARD, _HOPPER_BACKWARD, _WARPGROUPS = "hopper_forward.cu", "hopper_backward.cu", "common/warpgroups.cuh"
 _HOPPER_STAGES, _HOPPER_SCORES = "common/forward_stages.cuh", "common/backward_scores.cuh"
 _HOPPER_DQ, _HOPPER_SUMS = "common/backward_dq.cuh", "common/dq_tiles.cuh"
+_ORDER = "common/order.cuh"
 _FORWARD_DROPOUT, _BACKWARD_DROPOUT = "common/forward_dropout.cuh", "common/backward_dropout.cuh"
 
 _GENERIC = [
@@ -235,13 +242,17 @@ _HOPPER = [
         _HOPPER_STAGES,
         "found = step.who >> this_group() & 1;",
         "found = step.who != 0;",
+        head_dim=128,
         where="sparse",
     ),
+    Fault("block-sparse: one list, nothing hidden", _HOPPER_STAGES, "? PARTLY_SEEN : 0", "? 0 : 0", where="sparse"),
+    Fault("packed: a last tile is left out", _ORDER, "(stationary + p.rows - 1) / p.rows", "stationary / p.rows"),
     Fault(
         "block-sparse: dS of another stage is added to dQ",
         _HOPPER_DQ,
         "if (!(who >> from / 64 & 1)) continue;",
         "",
+        head_dim=128,
         where="sparse",
     ),
 ]
@@ -316,20 +327,57 @@ def detect(family: families.Family, head_dim: int, dtype: torch.dtype, where: Wh
     return wrong
 
 
-def build(family: families.Family, head_dim: int, dtype: str, arch: str) -> None:
+def plans_of(family: families.Family, head_dim: int, dtype: str, where: Where) -> list[Plan]:
+    """Return the kernels that `detect` calls."""
+    hopper, block = family == "hopper", 64 if where == "sparse" else 0
+    loops: tuple[kernel_plan.Kernel, ...] = ("forward", "backward", "backward_keys", "backward_queries")
+    plans = [plan(kernel, head_dim, dtype, drops, hopper, block) for kernel in loops for drops in (False, True)]
+    rest: tuple[kernel_plan.Kernel, ...] = ("order", "preprocess", "postprocess")
+    return plans + [plan(kernel, head_dim, dtype, False, hopper) for kernel in rest]
+
+
+def build(family: families.Family, head_dim: int, dtype: str, where: Where, arch: str) -> None:
     """Build what `detect` will call, two at a time; CompileError where the planted text is no CUDA."""
-    width = kernel_plan.width_of(head_dim)
-    plans = [p for p in kernel_plan.all_plans() if p.dtype == dtype and (p.kernel == "preprocess" or p.width == width)]
-    plans = [p for p in plans if family == "hopper" or not p.hopper]
+    plans = plans_of(family, head_dim, dtype, where)
+    sound = os.environ.get(SOUND)
+    if sound:
+        for one in plans:
+            if includes(compiler.SOURCES, one.source) == includes(Path(sound), one.source):
+                lend(one, arch, Path(sound))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda plan: compiler.build(plan, arch), plans))
+        list(pool.map(lambda one: compiler.build(one, arch), plans))
+
+
+def includes(folder: Path, name: str) -> dict[str, str]:
+    """Return the texts of a source and of all that it includes, by their names in the folder of sources."""
+    found: dict[str, str] = {}
+    todo = [name]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found[name] = (folder / name).read_text()
+            # Headers lie in common/ and name one another without it.
+            named = re.findall(r'^#include "(?:common/)?([^"]+)"', found[name], re.MULTILINE)
+            todo += [f"common/{header}" for header in named]
+    return found
+
+
+def lend(one: Plan, arch: str, sound: Path) -> None:
+    """Let a kernel that a fault does not reach be the build of the sound sources: only what is faulty is compiled."""
+    name = compiler.key(one, arch)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(compiler, "SOURCES", sound)
+        path, _ = compiler.build(one, arch)
+    for suffix in (".json", ".cubin"):
+        if not path.with_name(name + suffix).exists():
+            shutil.copyfile(path.with_suffix(suffix), path.with_name(name + suffix))
 
 
 def main(family: families.Family, head_dim: int, dtype: str, where: Where) -> int:
     """Print what was noticed; NOTICED, NOTHING, or NOT_BUILT."""
     major, minor = torch.cuda.get_device_capability()
     try:
-        build(family, head_dim, dtype, compiler.architecture((major, minor)))
+        build(family, head_dim, dtype, where, compiler.architecture((major, minor)))
     except compiler.CompileError as error:
         print(error)
         return NOT_BUILT

@@ -146,6 +146,7 @@ def main() -> int:
         if verdict != "clean":
             print("\n".join(text.splitlines()[:40]))
         if asked.logs:
+            os.makedirs(asked.logs, exist_ok=True)
             with open(os.path.join(asked.logs, f"sanitize_{family}_{tool}.log"), "w", encoding="utf-8") as file:
                 file.write(text)
     return int(any(verdict != "clean" for verdict, *_ in found))

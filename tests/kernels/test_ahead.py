@@ -25,9 +25,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Plan, str]]:
 @pytest.mark.parametrize(
     ("dropout", "deterministic", "kernels"),
     [
-        (False, False, ["hopper_backward", "hopper_forward", "postprocess", "preprocess"]),
-        (True, False, ["hopper_backward", "hopper_forward", "hopper_forward", "postprocess", "preprocess"]),
-        (False, True, ["backward_keys", "backward_queries", "hopper_forward", "preprocess"]),
+        (False, False, ["hopper_backward", "hopper_forward", "order", "postprocess", "preprocess"]),
+        (True, False, ["hopper_backward", "hopper_forward", "hopper_forward", "order", "postprocess", "preprocess"]),
+        (False, True, ["backward_keys", "backward_queries", "hopper_forward", "order", "preprocess"]),
     ],
 )
 def test_what_forward_and_backward_launch_is_built(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention_kernels import compiler, cuda_ops, kernel_plan, launcher
+from attention_kernels import compiler, cuda_ops, kernel_call, kernel_plan, launcher
 from attention_kernels.kernel_plan import Plan, Tiles, plan
 
 pytest.importorskip("cuda.bindings")
@@ -69,6 +69,15 @@ def test_hopper_block_sparse_kernels_have_tiles_of_their_own_or_the_dense_build(
     assert narrow.sparse and not narrow.hopper and deterministic.sparse and not deterministic.hopper
 
 
+def test_teams_that_follow_one_list_lie_in_one_block() -> None:
+    for kernel in ("forward", "backward"):
+        for width in (32, 64, 96, 128):
+            for dropout in (False, True):
+                for block in (64, 128):
+                    one = plan(kernel, width, "bfloat16", dropout, hopper=True, sparse=block)
+                    assert one.defines["ONE_LIST"] == 0 or one.rows <= block
+
+
 def test_there_are_at_most_170_variants_and_each_fits_its_gpu() -> None:
     plans = kernel_plan.all_plans()
     assert len(set(plans)) == len(plans) <= 170
@@ -105,10 +114,10 @@ def test_kernel_sources_stay_short_and_their_parameters_match_the_launcher() -> 
 
 def test_the_parameters_of_a_call_fill_the_struct() -> None:
     q = torch.zeros(2, 5, 3, 16, dtype=torch.bfloat16)
-    call = cuda_ops._Call(q, q, None, None, None, 5, 5).with_rule(torch.tensor([1, 2]), 0.1, 0.25, True)
+    call = kernel_call.KernelCall(q, q, None, None, None, 5, 5).with_rule(torch.tensor([1, 2]), 0.1, 0.25, True)
     call.place(q=q, k=q, v=q, out_written=q)
     fields = launcher.PARAMETERS.unpack(launcher.PARAMETERS.pack(*call.fields))
-    assert fields[:3] == (q.data_ptr(),) * 3 and fields[20:23] == (5 * 48, 48, 16)
+    assert fields[:3] == (q.data_ptr(),) * 3 and fields[21:24] == (5 * 48, 48, 16)
 
 
 def test_aligned_views_are_read_in_place_and_others_copied() -> None:

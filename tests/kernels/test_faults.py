@@ -23,4 +23,4 @@ def test_a_planted_fault_compiles(fault: Fault, tmp_path: Path, monkeypatch: pyt
     plant(fault, tmp_path)
     monkeypatch.setattr(compiler, "SOURCES", tmp_path / "attention_kernels" / "csrc")
     monkeypatch.setenv("ATTENTION_KERNELS_CACHE", str(tmp_path / "cache"))
-    build(fault.family, fault.head_dim, fault.dtype, "90a")
+    build(fault.family, fault.head_dim, fault.dtype, fault.where, "90a")

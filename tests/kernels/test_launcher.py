@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from attention_kernels import BlockLayout, compiler, cuda_ops, families, launcher
+from attention_kernels import BlockLayout, compiler, cuda_ops, families, kernel_call, launcher
 
 real = pytest.importorskip("cuda.bindings.driver")
 
@@ -95,15 +95,16 @@ def test_a_step_launches_four_kernels_over_every_tile_head_and_sample(driver: No
     assert [name for name, *_ in driver.launches] == ["forward", "preprocess", "backward_keys", "postprocess"]
     assert [blocks for _, blocks, *_ in driver.launches] == [3 * 6, -(-1800 * 4 // 256), 3 * 6, -(-1800 * 8 // 256)]
     for fields in driver.fields:
-        batch, heads, len_q, len_k, head_dim, _, causal = fields[46:53]
+        batch, heads, len_q, len_k, head_dim, *_, causal = fields[47:56]
         assert (batch, heads, len_q, len_k, head_dim, causal) == (2, 3, 300, 300, 32, 1)
-        assert fields[57:] == pytest.approx((0.5, 0.5 * 1.442695, 1.0))
+        assert fields[60:] == pytest.approx((0.5, 0.5 * 1.442695, 1.0))
 
 
-def run_sparse(layout: BlockLayout, deterministic: bool = False) -> None:
+def run_sparse(layout: BlockLayout, deterministic: bool = False, dropout_p: float = 0.0) -> None:
     q = torch.zeros(2, 300, 3, 32, dtype=torch.bfloat16)
     lists = (layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx, layout.head_to_pattern)
-    rule = (*lists, layout.num_blocks, layout.block_size, None, None, 300, None, 0.0, 0.5, True)
+    seed = torch.tensor([1, 2]) if dropout_p else None
+    rule = (*lists, layout.num_blocks, layout.block_size, None, None, 300, seed, dropout_p, 0.5, True)
     out, lse = cuda_ops.sparse_forward(q, q, q, *rule)
     cuda_ops.sparse_backward(q, q, q, out, lse, q, None, *rule, deterministic)
 
@@ -119,13 +120,13 @@ def test_a_layout_goes_to_the_block_sparse_kernels_by_rows_and_by_columns(driver
     columns = (layout.col_ptr.data_ptr(), layout.row_idx.data_ptr(), layout.head_to_pattern.data_ptr())
     for (name, *_), fields in zip(driver.launches, driver.fields, strict=True):
         assert fields[17:20] == (columns if "keys" in name else rows)
-        assert (fields[45], *fields[53:55]) == (0, 5, 64)
+        assert (fields[46], *fields[56:58]) == (0, 5, 64)
 
 
 def test_heads_with_patterns_of_their_own_are_looked_up(driver: Notes) -> None:
     patterns = [BlockLayout.local(300, window=0, block_size=128), BlockLayout.dense(300, 128)]
     run_sparse(BlockLayout.per_head(patterns, [1, 0, 1]))
-    assert all((fields[45], *fields[53:55]) == (1, 3, 128) for fields in driver.fields)
+    assert all((fields[46], *fields[56:58]) == (1, 3, 128) for fields in driver.fields)
 
 
 def test_a_layout_with_every_block_goes_to_the_dense_kernels(driver: Notes) -> None:
@@ -146,13 +147,16 @@ def test_block_sparse_calls_take_the_hopper_kernels_on_9_0(driver: Notes, monkey
     hopper = ["hopper_forward_sparse", "preprocess", "hopper_backward_sparse", "postprocess"]
     generic = ["forward_sparse", "preprocess", "backward_keys_sparse", "postprocess"]
     assert [name for name, *_ in driver.launches] == hopper + generic
-    # Persistent, so one a multiprocessor; a piece of work for each of three teams.
-    assert [blocks for name, blocks, *_ in driver.launches if "hopper" in name] == [3, 10]
+    # Persistent, so one a multiprocessor.
+    assert [blocks for name, blocks, *_ in driver.launches if "hopper" in name] == [3, 3]
+    # With dropout a block has a piece of work for each of its three teams.
+    run_sparse(BlockLayout.butterfly(300, block_size=64), dropout_p=0.1)
+    assert driver.launches[-2][:2] == ("hopper_backward_sparse", 10)
 
 
 def test_dense_calls_have_no_lists(driver: Notes) -> None:
     run(32)
-    assert all((*fields[17:20], fields[45], *fields[53:55]) == (0,) * 6 for fields in driver.fields)
+    assert all((*fields[17:20], fields[46], *fields[56:58]) == (0,) * 6 for fields in driver.fields)
 
 
 def test_deterministic_and_small_shared_memory_take_the_form_without_atomics(driver: Notes) -> None:
@@ -173,8 +177,8 @@ def test_more_than_48_kilobytes_are_asked_for_once(driver: Notes) -> None:
 def test_dropout_is_handed_over_as_a_count_of_bytes(driver: Notes) -> None:
     run(16, dropout_p=0.1)
     for fields in driver.fields:
-        assert fields[55:57] == ((128 - 26) * 0x01010101, 0xFFFFFFFF)
-        assert fields[59] == pytest.approx(256 / 230)
+        assert fields[58:60] == ((128 - 26) * 0x01010101, 0xFFFFFFFF)
+        assert fields[62] == pytest.approx(256 / 230)
 
 
 def test_packed_calls_have_a_sequence_more_for_the_rows_after_the_last(driver: Notes) -> None:
@@ -183,6 +187,30 @@ def test_packed_calls_have_a_sequence_more_for_the_rows_after_the_last(driver: N
     cuda_ops.flash_forward(q, q, q, None, cu, cu, 10_000, 10_000, None, 0.0, 1.0, False)
     # The bound on the longest sequence is cut to the rows there are: four tiles of 128.
     assert [blocks for _, blocks, *_ in driver.launches] == [4 * 2 * 3]
+
+
+def on_hopper(monkeypatch: pytest.MonkeyPatch, multiprocessors: int) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    limits = SimpleNamespace(shared_memory_per_block_optin=227 * 1024, multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: limits)
+
+
+def test_packed_hopper_calls_order_their_pieces_of_work_first(driver: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_hopper(monkeypatch, multiprocessors=3)
+    q = torch.zeros(2000, 2, 32, dtype=torch.float16)
+    cu = torch.tensor([0, 1000, 1100, 1200, 1300, 1400])
+    rule = (None, cu, cu, 1000, 1000, None, 0.0, 1.0, False)
+    out, lse = cuda_ops.flash_forward(q, q, q, *rule)
+    cuda_ops.flash_backward(q, q, q, out, lse, q, None, *rule, False)
+    names = ["order", "hopper_forward", "preprocess", "hopper_backward", "postprocess"]
+    assert [name for name, *_ in driver.launches] == names
+    # A head: as many tiles as 2,000 rows fill, one more for each of five sequences, the longest one's for rows of none.
+    pieces = [2 * (2000 // rows + 5 + -(-1000 // rows)) for rows in (256, 192)]
+    rows_of_preprocess = -(-2000 * 2 * 4 // 256)
+    assert [blocks for _, blocks, *_ in driver.launches][:4] == [1, pieces[0], rows_of_preprocess + 1, pieces[1]]
+    assert [fields[53:55] for fields in driver.fields[:4]] == [(pieces[0], 256)] * 2 + [(pieces[1], 192)] * 2
+    order = [fields[20] for fields in driver.fields]
+    assert order[0] == order[1] != 0 and order[2] == order[3] != 0 and order[4] == 0
 
 
 def test_each_kernel_gets_the_tensors_of_its_call_and_only_those(driver: Notes) -> None:
@@ -199,7 +227,7 @@ def test_each_kernel_gets_the_tensors_of_its_call_and_only_those(driver: Notes) 
     for (name, *_), fields in zip(driver.launches[1:], driver.fields[1:], strict=True):
         assert fields[3:6] == (out.data_ptr(), q.data_ptr(), 0), name
         assert fields[7:11] == (dk.data_ptr(), dv.data_ptr(), lse.data_ptr(), dlse.data_ptr()), name
-        assert fields[29:32] == (40 * 48, 48, 16) and fields[38:41] == (50 * 48, 48, 16), name
+        assert fields[30:33] == (40 * 48, 48, 16) and fields[39:42] == (50 * 48, 48, 16), name
         assert (fields[6] == dq.data_ptr()) == (name == "postprocess") and bool(fields[12]) == (name != "preprocess")
 
 
@@ -210,7 +238,7 @@ def test_a_refused_launch_says_which_kernel(driver: Notes) -> None:
 
 
 def test_checking_reads_the_offsets_and_names_the_argument(driver: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_ops, "CHECK", True)  # what ATTENTION_KERNELS_CHECK=1 sets
+    monkeypatch.setattr(kernel_call, "CHECK", True)  # what ATTENTION_KERNELS_CHECK=1 sets
     q = torch.zeros(50, 1, 16, dtype=torch.float16)
     cu = torch.tensor([0, 60])
     with pytest.raises(ValueError, match="cu_seqlens_q must end at or before the tensor's 50 rows, got 60"):

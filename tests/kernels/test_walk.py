@@ -45,7 +45,7 @@ class Walker:
         return self._run(self.library.run_walk, lists, part, keys, first, part)
 
     def warp_steps(self, lists: int, slack: int, keys: bool, first: int) -> list[tuple[int, int]]:
-        """Return the same for a warp that walks, in parts of 64 rows."""
+        """Return the same for a warp that walks, in parts of 64 rows; one list serves the rows of a whole block."""
         return self._run(self.library.run_warp_walk, lists, slack, keys, first, 64)
 
     def _run(
@@ -61,14 +61,14 @@ class Walker:
         assert 0 <= count < room
         return list(zip(found[0][:count], found[1][:count], strict=True))
 
-    def wanted(self, part: int, keys: bool, own: int) -> Numbers:
-        """Return the first rows of the parts that the stretch from row `own` on must visit, ascending."""
+    def wanted(self, part: int, keys: bool, own: int, stretch: int = STRETCH) -> Numbers:
+        """Return the first rows of the parts that the `stretch` rows from `own` on must visit, ascending."""
         own_rows, rows = (self.k_len, self.q_len) if keys else (self.q_len, self.k_len)
         if own >= own_rows or own // self.layout.block_size >= self.layout.num_blocks:
             return []
         mask = self.layout.to_mask()[self.pattern]
         line = (mask[:, own // self.layout.block_size] if keys else mask[own // self.layout.block_size]).tolist()
-        last = min(own + STRETCH, own_rows) - 1
+        last = min(own + stretch, own_rows) - 1
         starts = [r for b, there in enumerate(line) if there for r in self.parts(b, part) if r < rows]
         if not self.causal:
             return starts
@@ -121,6 +121,16 @@ def test_a_warp_walks_the_same_rows(library: ctypes.CDLL, slack: int) -> None:
                 for s in range(lists):
                     mine = [row for row, who in steps if who >> s & 1]
                     assert mine == walker.wanted(64, keys, first + s * STRETCH), (number, lists, keys, first, s)
+
+
+def test_one_list_serves_the_rows_of_a_whole_block(library: ctypes.CDLL) -> None:
+    for number in range(60):
+        walker = random_walker(library, number)
+        block = walker.layout.block_size
+        for keys in (False, True):
+            for first in range(0, (walker.k_len if keys else walker.q_len) + block, block):
+                steps = walker.warp_steps(1, 0, keys, first)
+                assert steps == [(row, 1) for row in walker.wanted(64, keys, first, block)], (number, keys, first)
 
 
 def test_slack_lets_stretches_meet_more_often(library: ctypes.CDLL) -> None:

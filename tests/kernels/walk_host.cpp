@@ -74,9 +74,10 @@ extern "C" int run_walk(int lists, int part, int keys, int first, const int* num
     return with_part<3>(part, p, w, keys, first, rows, who);
 }
 
-// A warp's walk in parts of 64 rows; one lane more than lists, which must keep out of it.
+// A warp's walk in parts of 64 rows; one lane more than lists, which must keep out of it. A single list is that of `served`
+// rows, and all lanes walk it.
 template <int LISTS, int SLACK>
-static int warp_walk(const Params& p, const Work& w, bool keys, int first, int* rows, int* who) {
+static int warp_walk(const Params& p, const Work& w, bool keys, int first, int* rows, int* who, int served) {
     int steps = 0;
     lanes = LISTS + 1;
     pthread_barrier_init(&meeting, nullptr, lanes);
@@ -84,7 +85,7 @@ static int warp_walk(const Params& p, const Work& w, bool keys, int first, int* 
         threadIdx.x = number;
         WarpWalk<LISTS, 64, SLACK> walk;
         if (keys) walk.start_keys(p, w, first);
-        else walk.start_queries(p, w, first);
+        else walk.start_queries(p, w, first, served);
         for (int step = 0; !walk.over(); ++step) {
             const Step here = walk.here();
             if (number == 0) rows[step] = here.row, who[step] = here.who, steps = step + 1;
@@ -103,6 +104,7 @@ static int warp_walk(const Params& p, const Work& w, bool keys, int first, int* 
 extern "C" int run_warp_walk(int lists, int slack, int keys, int first, const int* numbers, const int* row_ptr, const int* col_idx,
                              const int* head_to_pattern, int* rows, int* who) {
     const auto [p, w] = call_of(numbers, row_ptr, col_idx, head_to_pattern);
-    if (lists == 2) return (slack ? warp_walk<2, 2> : warp_walk<2, 0>)(p, w, keys, first, rows, who);
-    return (slack ? warp_walk<4, 2> : warp_walk<4, 0>)(p, w, keys, first, rows, who);
+    if (lists == 1) return warp_walk<1, 0>(p, w, keys, first, rows, who, p.block_size);
+    if (lists == 2) return (slack ? warp_walk<2, 2> : warp_walk<2, 0>)(p, w, keys, first, rows, who, STRETCH);
+    return (slack ? warp_walk<4, 2> : warp_walk<4, 0>)(p, w, keys, first, rows, who, STRETCH);
 }

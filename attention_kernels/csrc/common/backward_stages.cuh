@@ -98,8 +98,11 @@ __device__ __forceinline__ void copy_work(const Params& p, const Places& places,
     keys.next<KEY_SLOTS>();
     if (LISTED) {
         Work here = w;
-        WarpWalk<GROUPS, QUERY_TILE, 1> walk;
+        WarpWalk<LISTS, QUERY_TILE, 1> walk;
         walk.start_keys(p, w, w.tile * KEYS);
+#if PERSISTENT
+        await_predecessor();  // the statistics are preprocess's, all else is the caller's
+#endif
         bool last;
         do {
             announcer.await_empty(places.emptied(ring.slot()), ring.emptied());
@@ -109,15 +112,15 @@ __device__ __forceinline__ void copy_work(const Params& p, const Places& places,
             if (step.who != 0) Sources(p, here).copy(p, places, w, ring.slot(), step.row);
             walk.next(p, step);
             last = walk.over();
-            post_step(places.step(ring.slot()), step, last);
+            post_step(places.step(ring.slot()), step, last ? LAST_STAGE : 0);
             announcer.next(places.filled(ring.slot()));
             ring.next<STAGES>();
         } while (!last);
     } else {
-    #if PERSISTENT
-    await_predecessor();  // the statistics are preprocess's, k and v of the caller
+#if PERSISTENT
+        await_predecessor();  // the statistics are preprocess's, k and v of the caller
 #endif
-    const Sources sources(p, w);
+        const Sources sources(p, w);
         for (QueryTiles tile(p, w); tile.left(w); tile.next()) {
             announcer.await_empty(places.emptied(ring.slot()), ring.emptied());
             sources.copy(p, places, w, ring.slot(), tile.row);

@@ -29,16 +29,21 @@ struct Params {
     const u64* seed;     // two words, null without dropout
     // Block-sparse, else null: see walk.cuh. Kernels over keys get the layout's columns in the place of its rows.
     const int *row_ptr, *col_idx, *head_to_pattern;
+    u32* order;  // of pieces of work, the longest first, or null: see order.cuh
     Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dkv_strides;
     i64 stats_batch, stats_head;
     i64 total_q, total_k;  // rows of q and of k in memory (B Lq or Tq)
     i64 pattern_stride;    // head h follows pattern head_to_pattern[h * pattern_stride]
-    int batch, heads, len_q, len_k, head_dim, tiles;
+    int batch, heads, len_q, len_k, head_dim;
+    int tiles, pieces, rows;  // of one head of the longest sequence; of work in all; stationary ones of a piece
     int causal;
     int num_blocks, block_size;  // of the layout: lists a pattern, rows a block
     u32 drop_step, drop_high;  // see philox.cuh
     float scale, scale_log2, keep_scale;
 };
+
+// In the place of a piece of work where there are fewer than the host could tell.
+#define NO_WORK 0xffffffffu
 
 // What one block works on. A packed batch has one sequence more than cu names: the rows after the last one.
 struct Work {
@@ -61,15 +66,10 @@ __device__ __forceinline__ u32 afresh(u32 x) {
     return x;
 }
 
-// `id` counts tiles, then heads, then sequences: blockIdx.x, or what a persistent block takes next.
-__device__ __forceinline__ Work find_work(const Params& p, u32 id, bool last_tile_first) {
+// A sequence's rows of q and of k; of its head and tile nothing is set.
+__device__ __forceinline__ Work find_sequence(const Params& p, int sample) {
     Work w;
-    const u32 tiles = afresh(p.tiles), heads = afresh(p.heads), head = id / tiles;
-    w.tile = id % tiles;
-    // Why: under a causal mask the last rows have most to do; started first, they leave no long tail.
-    if (last_tile_first) w.tile = tiles - 1 - w.tile;
-    w.head = head % heads;
-    w.sample = head / heads;
+    w.sample = sample;
     w.tail = false;
     w.q_start = w.k_start = 0;
     if (p.cu_q == nullptr) {
@@ -87,6 +87,26 @@ __device__ __forceinline__ Work find_work(const Params& p, u32 id, bool last_til
     w.q_len = (int)(q_end - w.q_start);
     w.k_len = (int)(k_end - w.k_start);
     w.offset = w.k_len - w.q_len;
+    return w;
+}
+
+// `id` counts tiles, then heads, then sequences: blockIdx.x, or what a persistent block takes next; or it is a place in `order`,
+// where that number stands.
+__device__ __forceinline__ Work find_work(const Params& p, u32 id, bool last_tile_first) {
+    if (p.order != nullptr) {
+        id = p.order[id];
+        if (id == NO_WORK) {
+            Work none = {};
+            none.tail = true;
+            return none;
+        }
+    }
+    const u32 tiles = afresh(p.tiles), heads = afresh(p.heads), head = id / tiles;
+    Work w = find_sequence(p, head / heads);
+    w.head = head % heads;
+    w.tile = id % tiles;
+    // Why: under a causal mask the last rows have most to do; started first, they leave no long tail.
+    if (last_tile_first && p.order == nullptr) w.tile = tiles - 1 - w.tile;
     return w;
 }
 

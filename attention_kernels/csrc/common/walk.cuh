@@ -50,10 +50,10 @@ struct Stretch {
         if (first > 0) skip<PART>(p, first);
         fetch<PART>(p.col_idx, p.block_size);
     }
-    // Queries from `own` on, and the keys that they see.
+    // `rows` queries from `own` on, and the keys that they see.
     template <int PART>
-    __device__ __forceinline__ void open_queries(const Params& p, const Work& w, int own) {
-        const int last = min(own + STRETCH, w.q_len) - 1;
+    __device__ __forceinline__ void open_queries(const Params& p, const Work& w, int own, int rows = STRETCH) {
+        const int last = min(own + rows, w.q_len) - 1;
         open<PART>(p, w, own, w.q_len, 0, p.causal ? min(w.k_len, last + w.offset + 1) : w.k_len);
     }
     // Keys from `own` on, and the queries that see them.
@@ -140,8 +140,9 @@ template <int LISTS, int PART, int SLACK>
 struct WarpWalk {
     Stretch own;
 
-    __device__ __forceinline__ void start_queries(const Params& p, const Work& w, int first_row) {
-        if (start()) own.template open_queries<PART>(p, w, first_row + lane() * STRETCH);
+    // A single list may serve more `rows` than a stretch: those of one block of the layout.
+    __device__ __forceinline__ void start_queries(const Params& p, const Work& w, int first_row, int rows = STRETCH) {
+        if (start()) own.template open_queries<PART>(p, w, first_row + lane() * STRETCH, rows);
     }
     __device__ __forceinline__ void start_keys(const Params& p, const Work& w, int first_key) {
         if (start()) own.template open_keys<PART>(p, w, first_key + lane() * STRETCH);

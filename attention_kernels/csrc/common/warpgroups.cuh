@@ -14,6 +14,9 @@
 // registers are handed over by the four warps. Block-sparse, a team of one group, or of those of one block of the layout, has
 // one list, and no group waits through stages that only others want.
 #define GROUPS (WARPS / 4 / TEAMS)
+// Block-sparse, how many lists the groups of a team follow: one where the layout's blocks hold all of the team's rows. Every
+// stage is every group's then, as in the dense kernels.
+#define LISTS (ONE_LIST ? 1 : GROUPS)
 #define COPYING 128
 #define COPIERS (TEAMS == 1 ? 128 : TEAMS == 2 ? 64 : 32)
 
@@ -134,12 +137,14 @@ struct Announcer {
 
 // Block-sparse: what a stage holds, beside its barriers. Copiers walk the lists (walk.cuh) and post each step before they
 // announce the stage; the computing groups read it behind `filled`. With the bits of the groups that take part, whether
-// the work's last stage has come.
+// the work's last stage has come, and whether some of the team's rows do not see all of it.
 #define LAST_STAGE 0x80000000u
+#define PARTLY_SEEN 0x40000000u
+#define WHO(step) ((step).who & ~(LAST_STAGE | PARTLY_SEEN))
 
-__device__ __forceinline__ void post_step(u32 to, const Step& step, bool last) {
+__device__ __forceinline__ void post_step(u32 to, const Step& step, u32 flags) {
     if (threadIdx.x % COPIERS == 0)
-        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(step.row), "r"(step.who | (last ? LAST_STAGE : 0)) : "memory");
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(step.row), "r"(step.who | flags) : "memory");
 }
 
 __device__ __forceinline__ Step read_step(u32 from) {
@@ -150,19 +155,19 @@ __device__ __forceinline__ Step read_step(u32 from) {
 
 // The computing groups take turns at queueing products. Why: the tensor cores serve queued products of several groups side
 // by side, so groups that queue together also finish together, and then compete for the exponential unit; in turn, one
-// multiplies while another exponentiates. Named barriers 1 to the number of the block's groups; every group of a team must
-// take equally many turns. COUNT groups take turns: all of the block's, or the two of a team.
+// multiplies while another exponentiates. Named barriers 1 to the number of the block's groups, COUNT; every group must take
+// equally many turns.
 template <int COUNT>
 struct Turn {
-    int group;  // of the block
+    int group;
     __device__ __forceinline__ explicit Turn(int group) : group(group) {
-        if (COUNT > 1 && (COUNT == 2 ? group & 1 : group == COUNT - 1)) pass();
+        if (COUNT > 1 && group == COUNT - 1) pass();
     }
     __device__ __forceinline__ void take() const {
         if (COUNT > 1) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
     }
     __device__ __forceinline__ void pass() const {
-        const int next = COUNT == 2 ? group ^ 1 : group + 1 == COUNT ? 0 : group + 1;
+        const int next = group + 1 == COUNT ? 0 : group + 1;
         if (COUNT > 1) asm volatile("bar.arrive %0, 256;" ::"r"(1 + next) : "memory");
     }
 };
@@ -175,8 +180,7 @@ struct Works {
     u32 id;
 
     __device__ __forceinline__ Works() : id(blockIdx.x * TEAMS + this_team()) {}
-    // Packed: one sequence more, the rows after the last one.
-    __device__ __forceinline__ bool left(const Params& p) const { return id < afresh(p.tiles) * p.heads * (p.batch + (p.cu_q != nullptr)); }
+    __device__ __forceinline__ bool left(const Params& p) const { return id < p.pieces; }
     __device__ __forceinline__ void next() {
         const u32 teams = afresh(gridDim.x) * TEAMS;
         id += id % teams == teams - 1 ? 1 : teams + 1;
