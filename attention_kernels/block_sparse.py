@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_kernels import ops as _ops
+from attention_kernels import ops
 from attention_kernels.checks import (
     check_cu_seqlens,
     check_dropout_seed,
@@ -142,9 +142,9 @@ class _BlockSparse(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         blocks = (row_ptr, col_idx, col_ptr, row_idx, head_to_pattern)
         sizes = (num_blocks, block_size)
-        out, lse = torch.ops.attention_kernels.sparse_forward(
-            q, k, v, *blocks, *sizes, key_lengths, cu_seqlens, max_seqlen, seed, dropout_p, scale, causal
-        )
+        form = (key_lengths, cu_seqlens, max_seqlen)
+        rule = (seed, dropout_p, scale, causal)
+        out, lse = ops.call("sparse_forward", q, k, v, *blocks, *sizes, *form, *rule)
         ctx.save_for_backward(q, k, v, out, lse, *blocks, key_lengths, cu_seqlens, seed)
         ctx.numbers = (sizes, max_seqlen, dropout_p, scale, causal, deterministic)
         ctx.set_materialize_grads(False)
@@ -156,11 +156,8 @@ class _BlockSparse(torch.autograd.Function):
         sizes, max_seqlen, dropout_p, scale, causal, deterministic = ctx.numbers
         refuse_second_backward()
         dout = torch.zeros_like(out) if dout is None else dout
-        lengths = (key_lengths, cu_seqlens, max_seqlen)
-        grads = torch.ops.attention_kernels.sparse_backward(
-            q, k, v, out, lse, dout, dlse, *blocks, *sizes, *lengths, seed, dropout_p, scale, causal, deterministic
-        )
+        saved = (q, k, v, out, lse, dout, dlse)
+        form = (key_lengths, cu_seqlens, max_seqlen)
+        rule = (seed, dropout_p, scale, causal, deterministic)
+        grads = ops.call("sparse_backward", *saved, *blocks, *sizes, *form, *rule)
         return *grads, *(None,) * 15
-
-
-assert _ops is not None  # Why: importing it registers the operators that the class above calls.

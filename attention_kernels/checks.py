@@ -15,6 +15,24 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
     """Raise ValueError unless q, k and v fit together; rank 4 is (B, L, H, D), rank 3 is packed (T, H, D)."""
+    if not _fit_together(q, k, v, rank):
+        _refuse_inputs(q, k, v, rank)
+
+
+def _fit_together(q: Tensor, k: Tensor, v: Tensor, rank: int) -> bool:
+    """Return whether `_refuse_inputs` would find nothing, at half its cost: every call pays for it."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    dtype, device, shape, other = q.dtype, q.device, q.shape, k.shape
+    return (
+        (dtype in DTYPES and k.dtype == dtype == v.dtype and k.device == device == v.device)
+        and (len(shape) == rank == len(other) and other == v.shape and shape[-2:] == other[-2:])
+        and (rank == 3 or shape[0] == other[0])
+        and shape[-1] != 0
+    )
+
+
+def _refuse_inputs(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
     layout = "(batch, length, heads, head_dim)" if rank == 4 else "(tokens, heads, head_dim)"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_kernels import ops as _ops
+from attention_kernels import ops
 from attention_kernels.checks import (
     check_dropout_seed,
     check_inputs,
@@ -171,9 +171,8 @@ class _Flash(torch.autograd.Function):
         deterministic: bool,
     ) -> tuple[Tensor, Tensor]:
         lengths = (key_lengths, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
-        out, lse = torch.ops.attention_kernels.flash_forward(
-            q, k, v, *lengths, max_seqlen_q, max_seqlen_k, seed, dropout_p, scale, causal
-        )
+        rule = (seed, dropout_p, scale, causal)
+        out, lse = ops.call("flash_forward", q, k, v, *lengths, max_seqlen_q, max_seqlen_k, *rule)
         ctx.save_for_backward(q, k, v, out, lse, *lengths, seed)
         ctx.numbers = (max_seqlen_q, max_seqlen_k, dropout_p, scale, causal, deterministic)
         ctx.set_materialize_grads(False)
@@ -181,28 +180,13 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, key_lengths, cu_seqlens_q, cu_seqlens_k, seed = ctx.saved_tensors
+        q, k, v, out, lse, *lengths, seed = ctx.saved_tensors
         max_seqlen_q, max_seqlen_k, dropout_p, scale, causal, deterministic = ctx.numbers
         refuse_second_backward()
-        grads = torch.ops.attention_kernels.flash_backward(
-            q,
-            k,
-            v,
-            out,
-            lse,
-            torch.zeros_like(out) if dout is None else dout,
-            dlse,
-            key_lengths,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            seed,
-            dropout_p,
-            scale,
-            causal,
-            deterministic,
-        )
+        dout = torch.zeros_like(out) if dout is None else dout
+        saved = (q, k, v, out, lse, dout, dlse)
+        rule = (seed, dropout_p, scale, causal, deterministic)
+        grads = ops.call("flash_backward", *saved, *lengths, max_seqlen_q, max_seqlen_k, *rule)
         return *grads, *(None,) * 10
 
 
@@ -213,6 +197,3 @@ def refuse_second_backward() -> None:
             "attention_kernels has no second backward: the gradient of attention cannot be differentiated again. "
             "Call backward or torch.autograd.grad without create_graph=True, or use standard_attention."
         )
-
-
-assert _ops is not None  # Why: importing it registers the operators that the classes above call.

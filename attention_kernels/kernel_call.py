@@ -43,7 +43,7 @@ def int32(x: Tensor) -> Tensor:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return memory for an output; the tests put guard bands around it here."""
-    return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 class KernelCall:

@@ -2,11 +2,13 @@
 
 flash_* and sparse_* take fixed (B, L, H, D) and packed (T, H, D) tensors: packed where cu_seqlens are given.
 Forward and backward are operators of their own, so that torch.compile(fullgraph=True) traces through both without
-looking inside. The autograd classes that call them stand in flash.py and block_sparse.py. CUDA kernels join through
-`dispatch.add_cuda` with the same arguments.
+looking inside. The autograd classes of flash.py and block_sparse.py reach them through `call`. CUDA kernels join
+through `dispatch.add_cuda` with the same arguments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -191,31 +193,75 @@ def _fake_backward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tens
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _dispatched(name: str, tiled: dispatch.Function) -> Callable[..., tuple[Tensor, ...]]:
-    block_size_at = _BLOCK_SIZE_AT.get(name)
+_TILED: dict[str, dispatch.Function] = {
+    "flash_forward": _tiled_flash_forward,
+    "flash_backward": _tiled_flash_backward,
+    "sparse_forward": _tiled_sparse_forward,
+    "sparse_backward": _tiled_sparse_backward,
+}
+_PLAIN = frozenset((Tensor, NoneType, int, float, bool))
 
-    def run(*arguments: object) -> tuple[Tensor, ...]:
-        q = arguments[0]
-        assert isinstance(q, Tensor)
-        block_size = None if block_size_at is None else arguments[block_size_at]
-        assert block_size is None or isinstance(block_size, int)
-        function = dispatch.pick(name, tiled, q, block_size)
-        if not torch.is_autocast_enabled(q.device.type):
+
+def call(name: str, *arguments: Any) -> tuple[Tensor, ...]:
+    """Run an operator; the CUDA kernels without torch.ops around them where nobody would see the difference.
+
+    Passing a dozen arguments through the dispatcher costs the host more than the launches of a forward.
+    """
+    if not torch.compiler.is_compiling() and not _is_watched() and _are_plain(arguments):
+        function = _pick(name, arguments)
+        if function is not _TILED[name]:
+            return function(*arguments)
+    results: tuple[Tensor, ...] = _OPERATORS[name](*arguments)
+    return results
+
+
+def _is_watched() -> bool:
+    """Return whether a mode, a transform, a tracer or a profiler would see an operator that is called now."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _are_plain(arguments: Sequence[Any]) -> bool:
+    """Return whether the dispatcher would hand all arguments on as they are.
+
+    It would not: tensors of other classes, and lazy ones, which autograd too may hand in as gradients: negations that
+    nobody has carried out, zeros without memory, batches of vmap's.
+    """
+    if not _PLAIN.issuperset(map(type, arguments)):
+        return False
+    # q, k and v, and in a backward out, lse, dout and dlse: the operators behind out and lse made those.
+    for x in (*arguments[:3], *arguments[5:7]):
+        if type(x) is Tensor and (x.is_neg() or x._is_zerotensor() or not torch._C._has_storage(x)):
+            return False
+    return True
+
+
+def _pick(name: str, arguments: Sequence[Any]) -> dispatch.Function:
+    at = _BLOCK_SIZE_AT.get(name)
+    return dispatch.pick(name, _TILED[name], arguments[0], None if at is None else arguments[at])
+
+
+def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        function, device = _pick(name, arguments), arguments[0].device.type
+        if not torch.is_autocast_enabled(device):
             return function(*arguments)
         # Why: autocast would turn the float32 sums inside into half precision.
-        with torch.autocast(q.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return function(*arguments)
 
     return run
 
 
 _LIBRARY = torch.library.Library("attention_kernels", "DEF")
-for _name, _tiled, _fake in (
-    ("flash_forward", _tiled_flash_forward, _fake_forward),
-    ("flash_backward", _tiled_flash_backward, _fake_backward),
-    ("sparse_forward", _tiled_sparse_forward, _fake_forward),
-    ("sparse_backward", _tiled_sparse_backward, _fake_backward),
-):
-    _LIBRARY.define(_name + _SCHEMAS[_name])
-    _LIBRARY.impl(_name, _dispatched(_name, _tiled), "CompositeExplicitAutograd")
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, _operator(_name), "CompositeExplicitAutograd")
+    _fake = _fake_forward if _name.endswith("forward") else _fake_backward
     torch.library.register_fake(f"attention_kernels::{_name}", _fake, lib=_LIBRARY)
+_OPERATORS = {name: getattr(torch.ops.attention_kernels, name) for name in _SCHEMAS}
