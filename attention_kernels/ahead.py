@@ -9,11 +9,10 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from attention_kernels import compiler, dispatch, families, launcher
+from attention_kernels import compiler, dispatch, launcher
+from attention_kernels.kernel_call import DTYPES, takes_hopper
 from attention_kernels.kernel_plan import Kernel, Plan, plan
 from attention_kernels.layouts import BlockLayout
-
-_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def build_ahead(
@@ -39,10 +38,10 @@ def build_ahead(
 def plans_of(q: Tensor, dropout: bool, deterministic: bool, sparse: int) -> list[Plan]:
     """Return the kernels that cuda_ops.py launches for calls like q, each once; `sparse`: a layout's blocks, or 0."""
     index = torch.cuda.current_device() if q.device.index is None else q.device.index
-    hopper = launcher.is_hopper(index) and families.asked() != "generic"
+    hopper = takes_hopper(index)
 
     def of(kernel: Kernel, drops: bool) -> Plan:
-        return plan(kernel, -(-q.shape[-1] // 8) * 8, _DTYPES[q.dtype], drops, hopper, sparse)
+        return plan(kernel, -(-q.shape[-1] // 8) * 8, DTYPES[q.dtype], drops, hopper, sparse)
 
     found = [of("forward", dropout), of("preprocess", dropout)]
     if found[0].hopper:

@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 
 from attention_kernels.bench_timing import first_estimate, free_memory, time_call
+from attention_kernels.captures import forget_capture
 
 __all__ = ["record", "time_graph"]
 
@@ -76,12 +77,8 @@ def _capture(call: Callable[[], object], device: torch.device) -> torch.cuda.CUD
 
 
 def _clean_up(pool: tuple[int, int], device: torch.device) -> None:
-    """Undo what torch leaves when CUDA calls a capture invalid: allocator and generator still believe in it."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    # AttributeError: the names are torch's own and may change.
+    """Undo what torch leaves when CUDA calls a capture invalid, and let its pool go, which no other shares."""
+    index = forget_capture(pool, device)
+    # AttributeError: the name is torch's own and may change.
     with suppress(RuntimeError, AttributeError):
-        torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
-    generator = torch.cuda.default_generators[index]
-    # A copy has seed and offset, and no capture under way.
-    generator.graphsafe_set_state(generator.clone_state())

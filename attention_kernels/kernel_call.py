@@ -15,7 +15,7 @@ from attention_kernels.sequences import fixed_segments, packed_segments
 CHECK = os.environ.get("ATTENTION_KERNELS_CHECK") == "1"
 _LOG2_E = 1.4426950408889634
 _MAX_BLOCKS = 2**31 - 1
-_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 # The fields of struct Params (csrc/common/types.cuh) in their order, and where some of them stand.
 _POINTERS = (
@@ -34,6 +34,11 @@ _NUMBERS = 42  # stats_batch, stats_head, total_q, total_k, pattern_stride, batc
 _TILES = 52  # tiles, pieces, rows
 _RULE = 55  # causal, num_blocks, block_size, drop_step, drop_high, scale, scale_log2, keep_scale
 _NOTHING: list[int | float] = [0] * 63
+
+
+def takes_hopper(index: int) -> bool:
+    """Return whether calls on CUDA device `index` go to the family for 9.0 where it has the kernel."""
+    return launcher.is_hopper(index) and families.asked() != "generic"
 
 
 def int32(x: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ class KernelCall:
         self.device = q.device
         self.index = q.device.index or 0
         shape = q.shape
-        self.dtype, self.heads = _DTYPES[q.dtype], shape[-2]
+        self.dtype, self.heads = DTYPES[q.dtype], shape[-2]
         self.head_dim = -(-shape[-1] // 8) * 8  # as `readable` makes it
         self.fields = _NOTHING.copy()
         self.dropout, self.sparse = False, 0  # the layout's block size
@@ -157,8 +162,7 @@ class KernelCall:
         """Return the plan of one of the call's kernels, of the best family that the device runs."""
         found = self.plans.get(kernel)
         if found is None:
-            hopper = launcher.is_hopper(self.index) and families.asked() != "generic"
-            found = plan(kernel, self.head_dim, self.dtype, self.dropout, hopper, self.sparse)
+            found = plan(kernel, self.head_dim, self.dtype, self.dropout, takes_hopper(self.index), self.sparse)
             self.plans[kernel] = found
         return found
 

@@ -127,7 +127,7 @@ class Plan:
     @property
     def spills(self) -> int:
         """Bytes of spills that are known to lie outside the loop of products."""
-        return _COPIERS_SPILL.get((self.tiles, self.dropout), 0) if self.sparse and self.hopper else 0
+        return _KNOWN_SPILLS.get((self.tiles, self.dropout), 0) if self.sparse and self.hopper else 0
 
     @cached_property
     def threads(self) -> int:
@@ -274,7 +274,7 @@ _HOPPER_SPARSE_64: dict[tuple[Kernel, int, bool], Tiles] = {
 # Bytes spilled outside the loops of products, seen in the disassembly with NVRTC 13.0: by the copying warps, whose time
 # is hidden, and three words of the forward's computing warps once a piece of work. A kernel that spills more has to be
 # looked at again.
-_COPIERS_SPILL = {
+_KNOWN_SPILLS = {
     (_HOPPER_SPARSE["hopper_forward", 64, False], False): 160,
     (_HOPPER_SPARSE_64["hopper_backward", 32, True], True): 48,
 }

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attention_kernels.captures import forget_capture
 from lra.base.console import warn
 from lra.base.errors import RunError
 from tasks.batches import Batch
@@ -104,7 +104,7 @@ class Graphs:
             try:
                 graph.capture_end()
             except RuntimeError:
-                self._clean_up()
+                forget_capture(self.pool, self.device)
                 raise
         return _Recorded(graph, own, batch.tensors())
 
@@ -113,20 +113,7 @@ class Graphs:
         try:
             graph.capture_end()
         except RuntimeError:
-            self._clean_up()
-
-    def _clean_up(self) -> None:
-        """Undo what torch's capture_end leaves when CUDA calls the capture invalid.
-
-        It raises before it tells the allocator and the generator that the capture is over.
-        """
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        # AttributeError: the name is torch's own and has changed before.
-        with suppress(RuntimeError, AttributeError):
-            torch._C._cuda_endAllocateToPool(index, self.pool)
-        generator = torch.cuda.default_generators[index]
-        # A copy has seed and offset, and no capture under way.
-        generator.graphsafe_set_state(generator.clone_state())
+            forget_capture(self.pool, self.device)
 
 
 def size_of(batch: Batch) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "synchronize": lambda device: None, "graph_pool_handle": lambda: (0, 1), "empty_cache": lambda: None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(Graphs, "_clean_up", lambda self: StandIn.events.append("clean up"))
+    monkeypatch.setattr("lra.graphs.forget_capture", lambda pool, device: StandIn.events.append("clean up"))
     return StandIn.events
 
 
