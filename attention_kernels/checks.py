@@ -128,7 +128,7 @@ def check_layout(layout: BlockLayout, q: Tensor, length_name: str, length: int) 
     """Raise ValueError unless the layout covers the length and has q's heads and device."""
     if not isinstance(layout, BlockLayout):
         raise ValueError(f"layout must be a BlockLayout, got {type(layout).__name__}.")
-    if layout.length < length and layout.num_blocks * layout.block_size < length:
+    if layout.num_blocks * layout.block_size < length:
         raise ValueError(
             f"layout must be at least as long as {length_name} {length}, "
             f"got {layout.num_blocks} blocks of {layout.block_size}."
