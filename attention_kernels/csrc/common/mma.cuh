@@ -63,6 +63,19 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// 2^x without the exponential unit, which is what the forward waits for: on the pipes of multiplications, by rounding x to a
+// whole number, a polynomial of the rest (relative error below 2^-13.7) and an addition to its exponent. Why clamped: an
+// exponent out of range would wrap around; 2^126 is still too much for any sum. Why .NaN: x that is NaN must not become a
+// weight; its bits, 0x7fffffff, end as the largest float, which no sum passes either.
+__device__ __forceinline__ float exp2_fma(float x) {
+    asm("max.NaN.f32 %0, %0, 0fC2FC0000;" : "+f"(x));
+    asm("min.NaN.f32 %0, %0, 0f42FC0000;" : "+f"(x));
+    const float shifted = x + 12582912.f;  // 1.5 * 2^23: what is left of x are the lowest bits
+    const float rest = x - (shifted - 12582912.f);
+    const float y = fmaf(fmaf(fmaf(0.05517167f, rest, 0.24261113f), rest, 0.69326097f), rest, 0.99992806f);
+    return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
+}
+
 __device__ __forceinline__ float log2_fast(float x) {
     float y;
     asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
