@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from attention_kernels import families, launcher, philox
+from attention_kernels import families, launcher, philox, pieces
 from attention_kernels.kernel_plan import Kernel, Plan, plan, width_of
 from attention_kernels.sequences import fixed_segments, packed_segments
 
@@ -32,8 +32,10 @@ _STRIDES = {
 }
 _NUMBERS = 42  # stats_batch, stats_head, total_q, total_k, pattern_stride, batch, heads, len_q, len_k, head_dim
 _TILES = 52  # tiles, pieces, rows
-_RULE = 55  # causal, num_blocks, block_size, drop_step, drop_high, scale, scale_log2, keep_scale
-_NOTHING: list[int | float] = [0] * 63
+_RULE = 55  # causal, num_blocks, block_size, drop_step, drop_high
+_PARTS = 60  # parts, part
+_SCALES = 62  # scale, scale_log2, keep_scale
+_NOTHING: list[int | float] = [0] * 65
 
 
 def takes_hopper(index: int) -> bool:
@@ -111,10 +113,9 @@ class KernelCall:
             self.place(seed=self.seed)
             self.dropout = True
         # philox.cuh compares four bytes at a time with the two numbers made of the count.
-        self.fields[_RULE:] = (
-            *(int(causal), 0, 0, (128 - count % 128) * 0x01010101, 0xFFFFFFFF if count < 128 else 0),
-            *(scale, scale * _LOG2_E, philox.keep_scale(count)),
-        )
+        drop = ((128 - count % 128) * 0x01010101, 0xFFFFFFFF if count < 128 else 0)
+        self.fields[_RULE:_PARTS] = (int(causal), 0, 0, *drop)
+        self.fields[_SCALES:] = (scale, scale * _LOG2_E, philox.keep_scale(count))
         return self
 
     def with_layout(
@@ -191,19 +192,28 @@ class KernelCall:
 
     def _cut(self, chosen: Plan, longest: int) -> int:
         """Cut a kernel's work into pieces of its plan's rows, and return how many there may be."""
-        tiles = max(1, -(-longest // chosen.rows))
+        tiles, parts, part = self._tiles(chosen, longest)
         # Packed: one sequence more, the rows after the last one.
-        pieces = tiles * self.heads * (self.batch + self.packed)
-        if pieces > _MAX_BLOCKS:
+        count = (tiles + parts) * self.heads * (self.batch + self.packed)
+        if count > _MAX_BLOCKS:
             raise ValueError(
-                f"q is too large for one launch: {pieces} tiles of {chosen.rows} rows, at most {_MAX_BLOCKS}."
+                f"q is too large for one launch: {count} tiles of {chosen.rows} rows, at most {_MAX_BLOCKS}."
             )
         if self.packed and chosen.hopper:
             # The order lists no empty tile, and each sequence rounds up once.
             listed = (self.total_k if chosen.over_keys else self.total_q) // chosen.rows + self.batch
-            pieces = min(pieces, (listed + tiles) * self.heads)
-        self.fields[_TILES:_RULE] = tiles, pieces, chosen.rows
-        return pieces
+            count = min(count, (listed + tiles) * self.heads)
+        self.fields[_TILES:_RULE] = tiles, count, chosen.rows
+        self.fields[_PARTS:_SCALES] = parts, part
+        return count
+
+    def _tiles(self, chosen: Plan, longest: int) -> pieces.Cut:
+        """Return how a head is cut: in two sizes where all pieces of a size cost the same."""
+        uneven = self.packed or self.sparse or self.fields[_RULE] or self.fields[_ADDRESS["key_lengths"]]
+        if chosen.kernel != "hopper_backward" or uneven:
+            return pieces.Cut(max(1, -(-longest // chosen.rows)), 0, 0)
+        teams = launcher.blocks_at_a_time(chosen, self.index) * chosen.tiles.teams
+        return pieces.cut(longest, self.heads * self.batch, chosen.rows, teams, chosen.persistent)
 
     def launch(self, kernel: Kernel, longest: int, **tensors: Tensor | None) -> None:
         """Launch a kernel over every tile of `longest` rows, every head and every sequence.

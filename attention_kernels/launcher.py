@@ -18,8 +18,8 @@ import torch
 
 from attention_kernels.kernel_plan import Plan
 
-# struct Params: 21 pointers, 7 strides of three and 5 more 64-bit numbers, 11 ints, 2 unsigned, 3 floats.
-PARAMETERS = struct.Struct("<21Q26q11i2I3f")
+# struct Params: 21 pointers, 7 strides of three and 5 more 64-bit numbers, 11 ints, 2 unsigned, 2 ints, 3 floats.
+PARAMETERS = struct.Struct("<21Q26q11i2I2i3f")
 # A block gets 48 KB without being asked for, static arrays counted in: a kernel that may come near asks.
 _UNASKED_SHARED_BYTES = 32 * 1024
 _lock = Lock()

@@ -27,7 +27,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_postprocess(cons
 // A block has one tile of 64 queries.
 extern "C" __global__ void __launch_bounds__(THREADS) attention_postprocess(const __grid_constant__ Params p) {
     await_predecessor();
-    const Work w = find_work(p, blockIdx.x, false);
+    // Why from the last: its sums are the newest, and most likely in the cache.
+    const Work w = find_work(p, gridDim.x - 1 - blockIdx.x, false);
     const int lane = threadIdx.x & 31;
     u16* dq = at(p.dq, p.dq_strides, w, w.q_start);
     // Rows of no sequence have no sums.

@@ -80,8 +80,8 @@ __device__ __forceinline__ void multiply_queries(Sums& sums, const Fragments& a,
 // Rows of dk and dv. Why the work is found anew, from a number that the compiler takes for another: what only the end needs
 // holds no registers.
 __device__ __forceinline__ void store_sums(const Params& p, u32 id, const Keys& keys) {
-    const Work w = find_work(p, afresh(id), false);
-    const int key = w.tile * KEYS + this_warp() * 16;
+    const Work w = find_keys(p, afresh(id));
+    const int key = w.first_key + this_warp() * 16;
     u16* dk = at(p.dk, p.dkv_strides, w, w.k_start);
     u16* dv = at(p.dv, p.dkv_strides, w, w.k_start);
     store_rows(dk, p.dkv_strides.row, key, w.k_len, p.head_dim, keys.dk, p.scale, p.scale);
@@ -115,9 +115,9 @@ __device__ __forceinline__ void stand_by(const Params& p, const Places& places, 
 
 template <bool LISTED>
 __device__ __forceinline__ void differentiate_work(const Params& p, const Places& places, u32 id, u32 keys_at, Ring& ring, Ring& ds_ring) {
-    const Work w = find_work(p, id, false);
-    const int warp = this_warp(), group = warp / 4, first_key = w.tile * KEYS + warp * 16;
-    const int group_key = w.tile * KEYS + group * 64;
+    const Work w = find_keys(p, id);
+    const int warp = this_warp(), group = warp / 4, first_key = w.first_key + warp * 16;
+    const int group_key = w.first_key + group * 64;
     if (!LISTED && group_key >= w.k_len) return stand_by(p, places, w, keys_at, ring, ds_ring);
     Keys keys;
     load_keys(keys, keys_at);
@@ -244,7 +244,7 @@ __device__ __forceinline__ void zero_keys(const Params& p, const Work& w, i64 fr
 
 template <bool LISTED>
 __device__ __forceinline__ void compute(const Params& p, const Places& places, u32 id, Ring& keys, Ring& ring, Ring& ds_ring) {
-    const Work w = find_work(p, id, false);
+    const Work w = find_keys(p, id);
     // Keys hidden by key_lengths have gradient 0, and so have rows of no sequence.
     if (w.tail) zero_keys(p, w, w.k_start, w.k_len);
     else if (p.key_lengths != nullptr) zero_keys(p, w, w.k_len, p.len_k - w.k_len);
@@ -257,7 +257,7 @@ __device__ __forceinline__ void compute(const Params& p, const Places& places, u
 
 template <bool LISTED, int BEHIND>
 __device__ __forceinline__ void copy(const Params& p, const Places& places, u32 id, Announcer<BEHIND>& announcer, Ring& keys, Ring& ring) {
-    const Work w = find_work(p, id, false);
+    const Work w = find_keys(p, id);
     if (has_keys(w)) copy_work<LISTED>(p, places, w, announcer, keys, ring);
 }
 
@@ -290,7 +290,7 @@ __device__ __forceinline__ void run(const Params& p) {
         Ring ds_ring = {0};
 #if PERSISTENT
         await_predecessor();
-        for (Works works; works.left(p); works.next()) compute<LISTED>(p, places, works.id, keys, ring, ds_ring);
+        for (Works works; works.left(p); works.next_keys(p)) compute<LISTED>(p, places, works.id, keys, ring, ds_ring);
 #else
         const Works works;
         if (TEAMS == 1 || works.left(p)) compute<LISTED>(p, places, works.id, keys, ring, ds_ring);
@@ -305,7 +305,7 @@ __device__ __forceinline__ void run(const Params& p) {
     const Places own = {shared + team * TEAM_BYTES};
     Announcer<LISTED ? 2 : 1> announcer = {0};
 #if PERSISTENT
-    for (Works works; works.left(p); works.next()) copy<LISTED>(p, own, works.id, announcer, keys, ring);
+    for (Works works; works.left(p); works.next_keys(p)) copy<LISTED>(p, own, works.id, announcer, keys, ring);
 #else
     const Works works;
     if (TEAMS == 1 || works.left(p)) copy<LISTED>(p, own, works.id, announcer, keys, ring);

@@ -48,7 +48,25 @@ struct Places {
     }
 };
 
-__device__ __forceinline__ bool has_keys(const Work& w) { return !w.tail && w.tile * KEYS < w.k_len; }
+// The keys of piece `id`. Behind the tiles of all heads come the parts (pieces.py) that the rest of each head's keys are cut
+// into: a part ends where the next one begins, and groups beyond its end stand by.
+__device__ __forceinline__ Work find_keys(const Params& p, u32 id) {
+    const u32 heads = afresh(p.heads), whole = p.tiles * heads * p.batch;
+    if (p.parts == 0 || id < whole) {
+        Work w = find_work(p, id, false);
+        w.first_key = w.tile * KEYS;
+        return w;
+    }
+    const u32 parts = afresh(p.parts), head = (id - whole) / parts;
+    Work w = find_sequence(p, head / heads);
+    w.head = head % heads;
+    w.tile = p.tiles;
+    w.first_key = p.tiles * KEYS + (id - whole) % parts * p.part;
+    w.k_len = min(w.k_len, w.first_key + p.part);
+    return w;
+}
+
+__device__ __forceinline__ bool has_keys(const Work& w) { return !w.tail && w.first_key < w.k_len; }
 
 // The query tiles of one piece of work. All blocks of a head begin with the same: what they read is then in the cache (begun
 // at different places they add to different rows of dQ, and are slower by up to an eighth).
@@ -57,7 +75,7 @@ struct QueryTiles {
 
     // Causal: key c is seen by rows from c - offset on.
     __device__ __forceinline__ QueryTiles(const Params& p, const Work& w)
-        : row(p.causal ? max(0, w.tile * KEYS - w.offset) / QUERY_TILE * QUERY_TILE : 0) {}
+        : row(p.causal ? max(0, w.first_key - w.offset) / QUERY_TILE * QUERY_TILE : 0) {}
     __device__ __forceinline__ bool left(const Work& w) const { return row < w.q_len; }
     __device__ __forceinline__ void next() { row += QUERY_TILE; }
 };
@@ -92,14 +110,14 @@ __device__ __forceinline__ void copy_work(const Params& p, const Places& places,
                                           Ring& ring) {
     const u32 k_to = places.keys(keys.slot());
     announcer.await_empty(places.keys_emptied(keys.slot()), keys.emptied());
-    copy_panels<KEYS>(k_to, at(p.k, p.k_strides, w, w.k_start), p.k_strides.row, w.tile * KEYS, w.k_len, p.head_dim);
-    copy_panels<KEYS>(k_to + KEYS_BYTES, at(p.v, p.v_strides, w, w.k_start), p.v_strides.row, w.tile * KEYS, w.k_len, p.head_dim);
+    copy_panels<KEYS>(k_to, at(p.k, p.k_strides, w, w.k_start), p.k_strides.row, w.first_key, w.k_len, p.head_dim);
+    copy_panels<KEYS>(k_to + KEYS_BYTES, at(p.v, p.v_strides, w, w.k_start), p.v_strides.row, w.first_key, w.k_len, p.head_dim);
     announcer.next(places.keys_filled(keys.slot()));
     keys.next<KEY_SLOTS>();
     if (LISTED) {
         Work here = w;
         WarpWalk<LISTS, QUERY_TILE, 1> walk;
-        walk.start_keys(p, w, w.tile * KEYS);
+        walk.start_keys(p, w, w.first_key);
 #if PERSISTENT
         await_predecessor();  // the statistics are preprocess's, all else is the caller's
 #endif

@@ -39,6 +39,7 @@ struct Params {
     int causal;
     int num_blocks, block_size;  // of the layout: lists a pattern, rows a block
     u32 drop_step, drop_high;  // see philox.cuh
+    int parts, part;  // of a head beside its tiles, and their rows: see find_keys in backward_stages.cuh
     float scale, scale_log2, keep_scale;
 };
 
@@ -48,6 +49,7 @@ struct Params {
 // What one block works on. A packed batch has one sequence more than cu names: the rows after the last one.
 struct Work {
     int sample, head, tile;
+    int first_key;  // of find_keys alone
     bool tail;
     i64 q_start, k_start;
     int q_len, k_len;

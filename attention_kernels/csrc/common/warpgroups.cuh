@@ -185,6 +185,14 @@ struct Works {
         const u32 teams = afresh(gridDim.x) * TEAMS;
         id += id % teams == teams - 1 ? 1 : teams + 1;
     }
+    // Pieces of two sizes: the last round, if it is not a whole one, goes to the other end of the places. There are the teams
+    // that had no tile in the round of the last tiles.
+    __device__ __forceinline__ void next_keys(const Params& p) {
+        next();
+        if (p.parts == 0) return;
+        const u32 teams = afresh(gridDim.x) * TEAMS, place = id % teams, first = id - place;
+        if (first + teams > p.pieces) id = first + teams - 1 - place;
+    }
 };
 
 // Copies rows [first, first + ROWS) of a matrix to a tile with THREADS_OF_COPY threads. Rows from `num_rows` on and columns
