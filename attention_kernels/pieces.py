@@ -16,6 +16,7 @@ GROUP = 64  # keys of one warpgroup
 COSTS = {1: (1.0,), 2: (0.6, 1.0), 3: (0.45, 0.72, 1.0)}
 # With more parts the last round is a small share of the time, and to look for the best cut costs more than it saves.
 _MOST_PARTS = 4096
+_NEARLY = 1.01
 
 
 class Cut(NamedTuple):
@@ -38,9 +39,11 @@ def taker(number: int, pieces: int, blocks: int) -> int:
 def cut(keys: int, heads: int, rows: int, blocks: int, persistent: bool) -> Cut:
     """Return the cut that ends first: `heads` of all sequences, tiles of `rows` keys, `blocks` at work at a time.
 
-    Of several that end at the same time the one with the fewest pieces.
+    Of those that end at nearly the same time the one with the fewest pieces, and the most whole tiles.
     """
-    return min(_cuts(keys, heads, rows, blocks), key=lambda one: _rank(one, keys, heads, rows, blocks, persistent))
+    ends = {one: makespan(one, keys, heads, rows, blocks, persistent) for one in _cuts(keys, heads, rows, blocks)}
+    near = [one for one in ends if ends[one] <= _NEARLY * min(ends.values())]
+    return min(near, key=lambda one: one.tiles + one.parts)
 
 
 def _cuts(keys: int, heads: int, rows: int, blocks: int) -> Iterator[Cut]:
@@ -55,10 +58,6 @@ def _cuts(keys: int, heads: int, rows: int, blocks: int) -> Iterator[Cut]:
             parts = -(-left // part) if part else 0
             if parts * heads <= _MOST_PARTS or (tiles == most and part == rows):
                 yield Cut(tiles, parts, part)
-
-
-def _rank(one: Cut, keys: int, heads: int, rows: int, blocks: int, persistent: bool) -> tuple[float, int]:
-    return round(makespan(one, keys, heads, rows, blocks, persistent), 6), one.tiles + one.parts
 
 
 def makespan(one: Cut, keys: int, heads: int, rows: int, blocks: int, persistent: bool) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from attention_kernels import BlockLayout, compiler, cuda_ops, families, kernel_call, launcher
+from attention_kernels import BlockLayout, compiler, cuda_ops, families, kernel_call, launcher, pieces
 
 real = pytest.importorskip("cuda.bindings.driver")
 
@@ -97,7 +97,7 @@ def test_a_step_launches_four_kernels_over_every_tile_head_and_sample(driver: No
     for fields in driver.fields:
         batch, heads, len_q, len_k, head_dim, *_, causal = fields[47:56]
         assert (batch, heads, len_q, len_k, head_dim, causal) == (2, 3, 300, 300, 32, 1)
-        assert fields[60:] == pytest.approx((0.5, 0.5 * 1.442695, 1.0))
+        assert fields[60:] == pytest.approx((0, 0, 0.5, 0.5 * 1.442695, 1.0))
 
 
 def run_sparse(layout: BlockLayout, deterministic: bool = False, dropout_p: float = 0.0) -> None:
@@ -178,7 +178,7 @@ def test_dropout_is_handed_over_as_a_count_of_bytes(driver: Notes) -> None:
     run(16, dropout_p=0.1)
     for fields in driver.fields:
         assert fields[58:60] == ((128 - 26) * 0x01010101, 0xFFFFFFFF)
-        assert fields[62] == pytest.approx(256 / 230)
+        assert fields[64] == pytest.approx(256 / 230)
 
 
 def test_packed_calls_have_a_sequence_more_for_the_rows_after_the_last(driver: Notes) -> None:
@@ -205,10 +205,10 @@ def test_packed_hopper_calls_order_their_pieces_of_work_first(driver: Notes, mon
     names = ["order", "hopper_forward", "preprocess", "hopper_backward", "postprocess"]
     assert [name for name, *_ in driver.launches] == names
     # A head: as many tiles as 2,000 rows fill, one more for each of five sequences, the longest one's for rows of none.
-    pieces = [2 * (2000 // rows + 5 + -(-1000 // rows)) for rows in (256, 192)]
+    counts = [2 * (2000 // rows + 5 + -(-1000 // rows)) for rows in (256, 192)]
     rows_of_preprocess = -(-2000 * 2 * 4 // 256)
-    assert [blocks for _, blocks, *_ in driver.launches][:4] == [1, pieces[0], rows_of_preprocess + 1, pieces[1]]
-    assert [fields[53:55] for fields in driver.fields[:4]] == [(pieces[0], 256)] * 2 + [(pieces[1], 192)] * 2
+    assert [blocks for _, blocks, *_ in driver.launches][:4] == [1, counts[0], rows_of_preprocess + 1, counts[1]]
+    assert [fields[53:55] for fields in driver.fields[:4]] == [(counts[0], 256)] * 2 + [(counts[1], 192)] * 2
     order = [fields[20] for fields in driver.fields]
     assert order[0] == order[1] != 0 and order[2] == order[3] != 0 and order[4] == 0
 
@@ -265,3 +265,27 @@ def test_persistent_backwards_and_what_follows_them_are_set_up_early(
     run(64)
     run(16)
     assert driver.overlapping == ["hopper_backward", "postprocess"]
+
+
+@pytest.mark.parametrize("case", ["fixed", "causal", "key_lengths", "packed"])
+def test_hopper_backward_gets_keys_in_two_sizes_where_all_are_worth_the_same(
+    driver: Notes, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    on_hopper(monkeypatch, multiprocessors=4)
+    q = torch.zeros(2, 1000, 3, 32, dtype=torch.bfloat16)
+    lengths = torch.tensor([1000, 900]) if case == "key_lengths" else None
+    offsets = torch.tensor([0, 1000, 2000], dtype=torch.int32) if case == "packed" else None
+    q = q.flatten(0, 1) if case == "packed" else q
+    rule = (lengths, offsets, offsets, 1000, 1000, None, 0.0, 0.5, case == "causal")
+    out, lse = cuda_ops.flash_forward(q, q, q, *rule)
+    cuda_ops.flash_backward(q, q, q, out, lse, q, None, *rule, False)
+    at = {name: fields for (name, *_), fields in zip(driver.launches, driver.fields, strict=True)}
+    tiles, count, rows = at["hopper_backward"][52:55]
+    parts, part = at["hopper_backward"][60:62]
+    assert rows == 192
+    if case == "fixed":
+        assert (tiles, parts, part) == pieces.cut(1000, 6, 192, 4, True) and parts > 0
+        assert count == (tiles + parts) * 6
+    else:
+        assert (tiles, parts, part) == (6, 0, 0)
+    assert at["hopper_forward"][60:62] == at["postprocess"][60:62] == (0, 0)
