@@ -1,8 +1,8 @@
 """Cuts the keys of a call into pieces of work of two sizes, so that the last round of blocks is not a whole one.
 
-Called by kernel_call.py for the Hopper backward, where every head has the same keys and every key the same queries. Whole
-tiles come first, those of all heads, and then the rest of each head in parts; a block that is left without a tile takes
-several parts. Standard library only.
+Called by kernel_call.py for the Hopper backward, where every head has the same keys and every key the same queries.
+Whole tiles come first, those of all heads, and then the rest of each head in parts; a block that is left without a tile
+takes several parts. Standard library only.
 """
 
 import heapq
@@ -11,12 +11,12 @@ from functools import cache
 from typing import NamedTuple
 
 GROUP = 64  # keys of one warpgroup
-# What a piece costs of which 1, 2 and 3 groups have keys, for tiles of so many groups. More than their share: queries are
-# copied, and dQ is multiplied, for all groups alike.
+# What a piece costs of which 1, 2 and 3 groups have keys, for tiles of so many groups. More than their share: queries
+# are copied, and dQ is multiplied, for all groups alike.
 COSTS = {1: (1.0,), 2: (0.6, 1.0), 3: (0.45, 0.72, 1.0)}
 # With more parts the last round is a small share of the time, and to look for the best cut costs more than it saves.
 _MOST_PARTS = 4096
-_NEARLY = 1.01
+_NEARLY = 1.01  # the estimate is no better
 
 
 class Cut(NamedTuple):
