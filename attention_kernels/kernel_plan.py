@@ -49,8 +49,6 @@ class Tiles:
     sums: int = 0
     ahead: int = 0  # Hopper backward: 1 queues S of a tile behind dV and dK of the one before
     pairs: int = 0  # Hopper backward with dropout: 1 lets two warps share their draws of the mask
-    # Forward: of so many blocks of 8 keys one has half of its exponentials on the FMA pipes; 0: none has.
-    fma_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,12 +96,11 @@ class Plan:
             if self.kernel == "hopper_backward":
                 named |= {"DS_SLOTS": t.ds_slots, "PERSISTENT": t.persistent}
                 return named | {"SUMS": t.sums, "AHEAD": t.ahead, "PAIRS": t.pairs}
-            return named | {"KEY_TILE": t.tile, "TURNS": t.turns, "FMA_EVERY": t.fma_every}
+            return named | {"KEY_TILE": t.tile, "TURNS": t.turns}
         if self._over_keys:
             with_dq = int(self.kernel == "backward")
             return named | {"QUERY_TILE": t.tile, "SHARED_OPERANDS": t.shared_operands, "WITH_DQ": with_dq}
-        named |= {"KEY_TILE": t.tile, "STEP": t.step}
-        return named | {"FMA_EVERY": t.fma_every} if self.kernel == "forward" else named
+        return named | {"KEY_TILE": t.tile, "STEP": t.step}
 
     @property
     def _kernels_of_build(self) -> dict[str, int]:

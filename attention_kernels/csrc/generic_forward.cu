@@ -1,8 +1,7 @@
 // Forward of exact attention, compute capability 8.0 and up: out and lse for ROWS queries of one head a block.
 //
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
-//   WARPS, ROW_TILES (16-row tiles a warp), KEY_TILE (keys a stage), STEP (keys at a time), STAGES, MIN_BLOCKS,
-//   FMA_EVERY (softmax.cuh).
+//   WARPS, ROW_TILES (16-row tiles a warp), KEY_TILE (keys a stage), STEP (keys at a time), STAGES, MIN_BLOCKS.
 //
 // A warp keeps its queries as A fragments and its accumulators in registers; keys and values stream through shared
 // memory. Why no maximum is taken in the main path: small head dims are bound by issue slots and by the exponential

@@ -3,7 +3,7 @@
 // Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DDROPOUT={0,1} and the tile numbers of kernel_plan.py:
 //   WARPS (computing, four a group), KEY_TILE (keys a stage), STAGES, MIN_BLOCKS,
 //   SHARED_OPERANDS (1: queries in shared memory instead of registers), TURNS (1: groups queue products in turn; not
-//   block-sparse), ONE_LIST (1: block-sparse, all groups of a team follow one list of blocks), FMA_EVERY (softmax.cuh).
+//   block-sparse), ONE_LIST (1: block-sparse, all groups of a team follow one list of blocks).
 //
 // The last warpgroup copies tiles of keys and values; each of the others owns 64 queries and runs through them:
 //     S = Q K^T (Q from registers, K rows outside)    P = exp2(S c - reference)    O += P V (P from registers, V rows inside)
@@ -144,7 +144,7 @@ __device__ __forceinline__ bool exponentiate(Scores& s, float (&sums)[1][2], con
 #pragma unroll
         for (int n = 0; n < BLOCKS; ++n) {
             even += s[0][n][2 * i] = exp2_fast(fmaf(s[0][n][2 * i], scale, minus));
-            odd += s[0][n][2 * i + 1] = exp2_odd(n, fmaf(s[0][n][2 * i + 1], scale, minus));
+            odd += s[0][n][2 * i + 1] = exp2_fast(fmaf(s[0][n][2 * i + 1], scale, minus));
         }
         sums[0][i] = even + odd;
     }

@@ -63,22 +63,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// 2^x without the exponential unit, which is what the forward waits for: on the pipes of multiplications, by rounding x to a
-// whole number, a polynomial of the rest (relative error below 2^-13.7) and an addition to its exponent. Why clamped: an
-// exponent out of range would wrap around; 2^126 is still too much for any sum. Why .NaN: x that is NaN must not become a
-// weight; its bits, 0x7fffffff, end as the largest float, which no sum passes either. Why one piece of assembly: taken apart
-// and mixed by the compiler, the steps of many elements want registers that products hold.
-__device__ __forceinline__ float exp2_fma(float x) {
-    float y;
-    asm("{.reg .f32 c, whole, rest, y; .reg .b32 exponent, bits;\n"
-        "max.NaN.f32 c, %1, 0fC2FC0000; min.NaN.f32 c, c, 0f42FC0000;\n"
-        "add.f32 whole, c, 0f4B400000; sub.f32 rest, whole, 0f4B400000; sub.f32 rest, c, rest;\n"  // 1.5 * 2^23
-        "fma.rn.f32 y, rest, 0f3D61FBB0, 0f3E786F0D; fma.rn.f32 y, y, rest, 0f3F31798D; fma.rn.f32 y, y, rest, 0f3F7FFB49;\n"
-        "mov.b32 exponent, whole; mov.b32 bits, y; shl.b32 exponent, exponent, 23; add.s32 bits, exponent, bits;\n"
-        "mov.b32 %0, bits;}" : "=f"(y) : "f"(x));
-    return y;
-}
-
 __device__ __forceinline__ float log2_fast(float x) {
     float y;
     asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));

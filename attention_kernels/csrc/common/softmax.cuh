@@ -22,14 +22,6 @@ struct Rows {
 typedef float Scores[ROW_TILES][BLOCKS][4];
 typedef u32 Weights[ROW_TILES][BLOCKS][2];
 
-// Of block n's odd columns: the last one of FMA_EVERY blocks goes to pipes that would be idle.
-__device__ __forceinline__ float exp2_odd(int n, float x) {
-#if FMA_EVERY
-    if (n % FMA_EVERY == FMA_EVERY - 1) return exp2_fma(x);
-#endif
-    return exp2_fast(x);
-}
-
 // exp2 under the present reference; false where a lane's partial sums have left the safe range.
 __device__ __forceinline__ bool weigh(const Scores& s, Weights& w, float (&sums)[ROW_TILES][2], const Rows& rows, float scale) {
     bool safe = true;
@@ -42,7 +34,7 @@ __device__ __forceinline__ bool weigh(const Scores& s, Weights& w, float (&sums)
 #pragma unroll
             for (int n = 0; n < BLOCKS; ++n) {
                 const float x = exp2_fast(fmaf(s[m][n][2 * i], scale, minus));
-                const float y = exp2_odd(n, fmaf(s[m][n][2 * i + 1], scale, minus));
+                const float y = exp2_fast(fmaf(s[m][n][2 * i + 1], scale, minus));
                 even += x, odd += y;
                 w[m][n][i] = pack(x, y);
             }
