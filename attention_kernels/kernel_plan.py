@@ -230,7 +230,7 @@ _DROPOUT: dict[tuple[Kernel, int], Tiles] = {
 }
 # The Hopper family: four warps are a group of 64 rows.
 _HOPPER_FORWARD = {
-    32: Tiles(16, 1, 64, 64, 4, 1),
+    32: Tiles(16, 1, 64, 64, 6, 1),
     64: Tiles(16, 1, 64, 64, 4, 1, 1, turns=1),
     96: Tiles(12, 1, 64, 64, 4, 1, 1, turns=1),
     128: Tiles(12, 1, 64, 64, 4, 1, 1, turns=1),
