@@ -208,12 +208,13 @@ class KernelCall:
         return count
 
     def _tiles(self, chosen: Plan, longest: int) -> pieces.Cut:
-        """Return how a head is cut: in two sizes where all pieces of a size cost the same."""
+        """Return how a head is cut: in two sizes where persistent blocks take pieces that cost the same, size by size."""
         uneven = self.packed or self.sparse or self.fields[_RULE] or self.fields[_ADDRESS["key_lengths"]]
-        if chosen.kernel != "hopper_backward" or uneven:
-            return pieces.Cut(max(1, -(-longest // chosen.rows)), 0, 0)
-        teams = launcher.blocks_at_a_time(chosen, self.index) * chosen.tiles.teams
-        return pieces.cut(longest, self.heads * self.batch, chosen.rows, teams, chosen.persistent)
+        if chosen.kernel != "hopper_backward" or not chosen.persistent or uneven:
+            return pieces.whole(longest, chosen.rows)
+        return pieces.cut(
+            longest, self.heads * self.batch, chosen.rows, launcher.blocks_at_a_time(chosen, self.index)
+        )
 
     def launch(self, kernel: Kernel, longest: int, **tensors: Tensor | None) -> None:
         """Launch a kernel over every tile of `longest` rows, every head and every sequence.

@@ -271,7 +271,7 @@ def test_persistent_backwards_and_what_follows_them_are_set_up_early(
 def test_hopper_backward_gets_keys_in_two_sizes_where_all_are_worth_the_same(
     driver: Notes, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    on_hopper(monkeypatch, multiprocessors=4)
+    on_hopper(monkeypatch, multiprocessors=32)
     q = torch.zeros(2, 1000, 3, 32, dtype=torch.bfloat16)
     lengths = torch.tensor([1000, 900]) if case == "key_lengths" else None
     offsets = torch.tensor([0, 1000, 2000], dtype=torch.int32) if case == "packed" else None
@@ -284,7 +284,7 @@ def test_hopper_backward_gets_keys_in_two_sizes_where_all_are_worth_the_same(
     parts, part = at["hopper_backward"][60:62]
     assert rows == 192
     if case == "fixed":
-        assert (tiles, parts, part) == pieces.cut(1000, 6, 192, 4, True) and parts > 0
+        assert (tiles, parts, part) == pieces.cut(1000, 6, 192, 32) and parts > 0
         assert count == (tiles + parts) * 6
     else:
         assert (tiles, parts, part) == (6, 0, 0)

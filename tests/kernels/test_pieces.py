@@ -6,32 +6,32 @@ from collections import Counter
 import pytest
 
 from attention_kernels import pieces
-from attention_kernels.pieces import GROUP, Cut, cut, makespan, taker
+from attention_kernels.pieces import _MOST_ROUNDS, _NEARLY, GROUP, WORTH, Cut, _cuts, cut, makespan, taker, whole
 
+ROWS = 192
 SHAPES = [(1024, 512), (2048, 128), (4096, 64), (16384, 16), (65536, 2), (8192, 32), (1024, 20000), (70, 3), (1, 1)]
 
 
-def keys_of(one: Cut, keys: int, rows: int) -> list[int]:
+def keys_of(one: Cut, keys: int) -> list[int]:
     """Return the keys of all pieces of a head, as find_keys (csrc/common/backward_stages.cuh) has them."""
-    spans = [(i * rows, (i + 1) * rows) for i in range(one.tiles)]
-    begin = one.tiles * rows
+    spans = [(i * ROWS, (i + 1) * ROWS) for i in range(one.tiles)]
+    begin = one.tiles * ROWS
     spans += [(begin + i * one.part, begin + (i + 1) * one.part) for i in range(one.parts)]
     return [key for first, end in spans for key in range(first, min(end, keys))]
 
 
-@pytest.mark.parametrize("rows", [64, 128, 192])
-@pytest.mark.parametrize("persistent", [False, True])
-def test_every_key_is_in_one_piece_and_no_piece_is_empty(rows: int, persistent: bool) -> None:
-    drawn = random.Random(rows)
+def test_every_key_is_in_one_piece_and_no_piece_is_empty() -> None:
+    drawn = random.Random(0)
     shapes = SHAPES + [(drawn.randint(1, 3000), drawn.randint(1, 600)) for _ in range(150)]
     for keys, heads in shapes:
-        one = cut(keys, heads, rows, 132, persistent)
-        assert keys_of(one, keys, rows) == list(range(keys)), (keys, heads, one)
-        assert one.part % GROUP == 0 and one.part <= rows
-        assert not one.parts or one.tiles * rows + (one.parts - 1) * one.part < keys
+        for one in (cut(keys, heads, ROWS, 132), *_cuts(keys, heads, ROWS, 132)):
+            assert keys_of(one, keys) == list(range(keys)), (keys, heads, one)
+            assert one.part % GROUP == 0 and one.part <= ROWS
+            size, pieces = (one.part, one.parts) if one.parts else (ROWS, one.tiles)
+            assert (one.tiles * ROWS if one.parts else 0) + (pieces - 1) * size < keys
 
 
-def steps(pieces_in_all: int, blocks: int) -> list[list[int]]:
+def steps(pieces_in_all: int, blocks: int, parts: bool = True) -> list[list[int]]:
     """Return the pieces of each block as Works::next_keys goes through them."""
     taken: list[list[int]] = []
     for number in range(blocks):
@@ -40,18 +40,19 @@ def steps(pieces_in_all: int, blocks: int) -> list[list[int]]:
             mine.append(number)
             number += 1 if number % blocks == blocks - 1 else blocks + 1
             place = number % blocks
-            if number - place + blocks > pieces_in_all:
+            if parts and number - place + blocks > pieces_in_all:
                 number = number - place + blocks - 1 - place
         taken.append(mine)
     return taken
 
 
-def test_every_piece_is_taken_once() -> None:
+@pytest.mark.parametrize("parts", [False, True])
+def test_every_piece_is_taken_once(parts: bool) -> None:
     for blocks in (1, 2, 3, 7, 132):
         for count in {*range(blocks, 5 * blocks + 2), 3072}:
-            taken = steps(count, blocks)
+            taken = steps(count, blocks, parts)
             assert Counter(x for mine in taken for x in mine) == Counter(range(count)), (count, blocks)
-            assert all(taker(x, count, blocks) == block for block, mine in enumerate(taken) for x in mine)
+            assert all(taker(x, count, blocks, parts) == block for block, mine in enumerate(taken) for x in mine)
 
 
 def test_teams_beyond_the_pieces_take_none() -> None:
@@ -60,18 +61,29 @@ def test_teams_beyond_the_pieces_take_none() -> None:
 
 
 def test_the_last_round_is_not_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "COSTS", {3: (0.5, 0.75, 1.0)})
+    monkeypatch.setattr(pieces, "COSTS", (0.5, 0.75, 1.0))
     # 512 heads of five whole tiles and one of 64 keys; a round more of whole tiles would be 22.
-    assert makespan(Cut(5, 1, 64), 1024, 512, 192, 132, True) == pytest.approx(21.5)
+    assert makespan(Cut(5, 1, 64), 1024, 512, ROWS, 132) == pytest.approx(21.5)
     # Head by head, a tile of 64 behind every five.
-    blocks = [[x for x in range(3072) if (x % 132 - x // 132) % 132 == block] for block in range(132)]
-    assert max(sum(0.5 if x % 6 == 5 else 1.0 for x in mine) for mine in blocks) > 21.5
+    assert makespan(whole(1024, ROWS), 1024, 512, ROWS, 132) > 21.5
 
 
-@pytest.mark.parametrize(("keys", "heads"), SHAPES[:6])
-def test_the_chosen_cut_is_not_behind_whole_tiles(keys: int, heads: int) -> None:
-    for rows, persistent in ((192, True), (192, False), (128, False)):
-        chosen = makespan(cut(keys, heads, rows, 132, persistent), keys, heads, rows, 132, persistent)
-        whole = makespan(Cut(keys // rows, int(keys % rows > 0), rows), keys, heads, rows, 132, persistent)
-        assert chosen <= pieces._NEARLY * whole
-        assert chosen >= keys / rows * heads / 132 - 1e-9
+def test_what_was_timed_is_cut_where_that_was_faster() -> None:
+    # docs/kernels.md, 41: tokens and heads of all sequences.
+    for keys, heads in [(65536, 2), (512, 32), (100, 8)]:
+        assert cut(keys, heads, ROWS, 132).parts > 0
+    for keys, heads in [(1024, 512), (2048, 128), (4096, 64), (16384, 16), (1024, 20000)]:
+        assert cut(keys, heads, ROWS, 132) == whole(keys, ROWS)
+
+
+@pytest.mark.parametrize(("keys", "heads"), SHAPES)
+def test_a_cut_gains_enough(keys: int, heads: int) -> None:
+    one, plain = cut(keys, heads, ROWS, 132), whole(keys, ROWS)
+    assert one == plain or makespan(one, keys, heads, ROWS, 132) * WORTH <= _NEARLY * makespan(
+        plain, keys, heads, ROWS, 132
+    )
+
+
+def test_calls_with_more_rounds_than_are_looked_at_gain_little() -> None:
+    # A last round that is all waste is less than WORTH takes.
+    assert 1 + 1 / _MOST_ROUNDS <= WORTH

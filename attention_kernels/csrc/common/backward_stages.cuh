@@ -48,11 +48,11 @@ struct Places {
     }
 };
 
-// The keys of piece `id`. Behind the tiles of all heads come the parts (pieces.py) that the rest of each head's keys are cut
-// into: a part ends where the next one begins, and groups beyond its end stand by.
+// The keys of piece `id`. Persistent, behind the tiles of all heads may come the parts (pieces.py) that the rest of each head's
+// keys are cut into: a part ends where the next one begins, and groups beyond its end stand by.
 __device__ __forceinline__ Work find_keys(const Params& p, u32 id) {
     const u32 heads = afresh(p.heads), whole = p.tiles * heads * p.batch;
-    if (p.parts == 0 || id < whole) {
+    if (!PERSISTENT || p.parts == 0 || id < whole) {
         Work w = find_work(p, id, false);
         w.first_key = w.tile * KEYS;
         return w;
