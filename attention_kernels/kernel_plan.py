@@ -300,7 +300,9 @@ def plan(kernel: Kernel, head_dim: int, dtype: str, dropout: bool, hopper: bool 
         return Plan(kernel, WIDTHS[-1], dtype, False, Tiles(8, 1, 0, 0, 0, 1))
     width = width_of(head_dim)
     if kernel == "postprocess":
-        return Plan(kernel, width, dtype, False, Tiles(8, 1, 0, 0, 0, 1), tiled=hopper and width in _HOPPER_BACKWARD)
+        tiled = hopper and width in _HOPPER_BACKWARD
+        # In tiles of 64 rows and 32 columns there is work for four warps.
+        return Plan(kernel, width, dtype, False, Tiles(4 if tiled else 8, 1, 0, 0, 0, 1), tiled=tiled)
     if hopper and width in _HOPPER.get(kernel, (kernel, {}))[1]:
         kernel = _HOPPER[kernel][0]
         at = (kernel, width, dropout)

@@ -1,12 +1,13 @@
-// dq from the float32 sums: puts the columns back in order, scales, rounds. Four sums a lane.
+// dq from the float32 sums: puts the columns back in order, scales, rounds.
 //
-// Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DWARPS=8 -DTILED={0,1}: 0 rows as generic_backward_keys.cu lays them,
+// Build: -DHEAD_DIM={16,32,64,96,128} -DDTYPE_BF16={0,1} -DWARPS={8,4} -DTILED={0,1}: 0 rows as generic_backward_keys.cu lays them,
 // 1 tiles (dq_tiles.cuh).
 #include "common/dq_tiles.cuh"
 #include "common/overlap.cuh"
 #include "common/tiles.cuh"
 
 #if !TILED
+// Four sums a lane.
 extern "C" __global__ void __launch_bounds__(THREADS) attention_postprocess(const __grid_constant__ Params p) {
     await_predecessor();
     const i64 index = (i64)blockIdx.x * THREADS + threadIdx.x;
@@ -24,7 +25,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_postprocess(cons
     if (column + 8 < p.head_dim) *(u32*)(to + 8) = pack(x.z * p.scale, x.w * p.scale);
 }
 #else
-// A block has one tile of 64 queries.
+// Lane t of a quad gives its word b to lane b.
+__device__ __forceinline__ void transpose_in_quad(u32 (&x)[4]) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+        const bool upper = threadIdx.x & step;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & step) continue;
+            const u32 got = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + step], step);
+            (upper ? x[i] : x[i + step]) = got;
+        }
+    }
+}
+
+// A block has one tile of 64 queries, a warp 16 rows of four neighbouring blocks of eight columns at a time. Why four: each lane
+// of a quad then stores one block's 16 bytes of a row, not 4 bytes four times.
 extern "C" __global__ void __launch_bounds__(THREADS) attention_postprocess(const __grid_constant__ Params p) {
     await_predecessor();
     // Why from the last: its sums are the newest, and most likely in the cache.
@@ -36,13 +52,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_postprocess(cons
     if (w.tile * 64 >= w.q_len) return;
     const float4* tile = (const float4*)p.dq_sums + (sums_tile(p, w) + w.tile) * (16 * HEAD_DIM);
 #pragma unroll
-    for (int block = threadIdx.x / 32; block < HEAD_DIM / 2; block += WARPS) {
-        const int row = w.tile * 64 + block / (HEAD_DIM / 8) * 16 + (lane >> 2), column = block % (HEAD_DIM / 8) * 8 + 2 * (lane & 3);
-        const float4 x = tile[block * 32 + lane];
-        u16* to = dq + row * p.dq_strides.row + column;
+    for (int part = threadIdx.x / 32; part < HEAD_DIM / 8; part += WARPS) {
+        const int row = w.tile * 64 + part / (HEAD_DIM / 32) * 16 + (lane >> 2);
+        const int column = part % (HEAD_DIM / 32) * 32 + (lane & 3) * 8;
+        u32 upper[4], lower[4];  // rows: the 16's first eight, and the others
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            const float4 x = tile[(part * 4 + n) * 32 + lane];
+            upper[n] = pack(x.x * p.scale, x.y * p.scale);
+            lower[n] = pack(x.z * p.scale, x.w * p.scale);
+        }
+        transpose_in_quad(upper);
+        transpose_in_quad(lower);
         if (column >= p.head_dim) continue;
-        if (row < w.q_len) *(u32*)to = pack(x.x * p.scale, x.y * p.scale);
-        if (row + 8 < w.q_len) *(u32*)(to + 8 * p.dq_strides.row) = pack(x.z * p.scale, x.w * p.scale);
+        u16* to = dq + row * p.dq_strides.row + column;
+        if (row < w.q_len) *(uint4*)to = {upper[0], upper[1], upper[2], upper[3]};
+        if (row + 8 < w.q_len) *(uint4*)(to + 8 * p.dq_strides.row) = {lower[0], lower[1], lower[2], lower[3]};
     }
 }
 #endif

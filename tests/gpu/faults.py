@@ -54,6 +54,7 @@ _PHILOX, _TILES, _TYPES = "common/philox.cuh", "common/tiles.cuh", "common/types
 _WALK = "common/walk.cuh"
 
 _HOPPER_FORWARD, _HOPPER_BACKWARD, _WARPGROUPS = "hopper_forward.cu", "hopper_backward.cu", "common/warpgroups.cuh"
+_HOPPER_PARTS = "common/backward_stages.cuh"
 _HOPPER_STAGES, _HOPPER_SCORES = "common/forward_stages.cuh", "common/backward_scores.cuh"
 _HOPPER_DQ, _HOPPER_SUMS = "common/backward_dq.cuh", "common/dq_tiles.cuh"
 _ORDER = "common/order.cuh"
@@ -223,7 +224,14 @@ _HOPPER = [
     ),
     Fault("dQ: sums are not zero at first", _PREPROCESS, "if (p.dq_sums != nullptr) zero_sums(p);", ""),
     Fault("dQ: a sequence's sums begin in the tile of the one before", _HOPPER_SUMS, "/ 64 + w.sample;", "/ 64;"),
-    Fault("dQ: columns of a tile in rows' order", _POSTPROCESS, "* 8 + 2 * (lane & 3);", "* 8 + (lane & 3);"),
+    Fault("dQ: a lane stores columns of four blocks", _POSTPROCESS, "transpose_in_quad(upper);", ""),
+    Fault("backward: a part takes keys of the next", _HOPPER_PARTS, "w.k_len = min(w.k_len, w.first_key + p.part);", ""),
+    Fault(
+        "backward: the last round of pieces begins one too late",
+        _WARPGROUPS,
+        "id = first + teams - 1 - place;",
+        "id = first + teams - place;",
+    ),
     Fault(
         "backward: gradients beyond key_lengths are left",
         _HOPPER_BACKWARD,
