@@ -39,6 +39,11 @@ __device__ __forceinline__ void transpose_in_quad(u32 (&x)[4]) {
     }
 }
 
+// Why not as a uint4: the compiler makes four stores of that.
+__device__ __forceinline__ void store16(u16* to, const u32 (&x)[4]) {
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 // A block has one tile of 64 queries, a warp 16 rows of four neighbouring blocks of eight columns at a time. Why four: each lane
 // of a quad then stores one block's 16 bytes of a row, not 4 bytes four times.
 extern "C" __global__ void __launch_bounds__(THREADS) attention_postprocess(const __grid_constant__ Params p) {
@@ -66,8 +71,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_postprocess(cons
         transpose_in_quad(lower);
         if (column >= p.head_dim) continue;
         u16* to = dq + row * p.dq_strides.row + column;
-        if (row < w.q_len) *(uint4*)to = {upper[0], upper[1], upper[2], upper[3]};
-        if (row + 8 < w.q_len) *(uint4*)(to + 8 * p.dq_strides.row) = {lower[0], lower[1], lower[2], lower[3]};
+        if (row < w.q_len) store16(to, upper);
+        if (row + 8 < w.q_len) store16(to + 8 * p.dq_strides.row, lower);
     }
 }
 #endif
