@@ -208,13 +208,11 @@ class KernelCall:
         return count
 
     def _tiles(self, chosen: Plan, longest: int) -> pieces.Cut:
-        """Return how a head is cut: in two sizes where persistent blocks take pieces that cost the same, size by size."""
+        """Return how a head is cut: in two sizes where all pieces of a size cost the same, and blocks take several."""
         uneven = self.packed or self.sparse or self.fields[_RULE] or self.fields[_ADDRESS["key_lengths"]]
         if chosen.kernel != "hopper_backward" or not chosen.persistent or uneven:
             return pieces.whole(longest, chosen.rows)
-        return pieces.cut(
-            longest, self.heads * self.batch, chosen.rows, launcher.blocks_at_a_time(chosen, self.index)
-        )
+        return pieces.cut(longest, self.heads * self.batch, chosen.rows, launcher.blocks_at_a_time(chosen, self.index))
 
     def launch(self, kernel: Kernel, longest: int, **tensors: Tensor | None) -> None:
         """Launch a kernel over every tile of `longest` rows, every head and every sequence.

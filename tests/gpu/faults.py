@@ -54,10 +54,9 @@ _PHILOX, _TILES, _TYPES = "common/philox.cuh", "common/tiles.cuh", "common/types
 _WALK = "common/walk.cuh"
 
 _HOPPER_FORWARD, _HOPPER_BACKWARD, _WARPGROUPS = "hopper_forward.cu", "hopper_backward.cu", "common/warpgroups.cuh"
-_HOPPER_PARTS = "common/backward_stages.cuh"
 _HOPPER_STAGES, _HOPPER_SCORES = "common/forward_stages.cuh", "common/backward_scores.cuh"
 _HOPPER_DQ, _HOPPER_SUMS = "common/backward_dq.cuh", "common/dq_tiles.cuh"
-_ORDER = "common/order.cuh"
+_ORDER, _PARTS = "common/order.cuh", "common/backward_stages.cuh"
 _FORWARD_DROPOUT, _BACKWARD_DROPOUT = "common/forward_dropout.cuh", "common/backward_dropout.cuh"
 
 _GENERIC = [
@@ -225,13 +224,8 @@ _HOPPER = [
     Fault("dQ: sums are not zero at first", _PREPROCESS, "if (p.dq_sums != nullptr) zero_sums(p);", ""),
     Fault("dQ: a sequence's sums begin in the tile of the one before", _HOPPER_SUMS, "/ 64 + w.sample;", "/ 64;"),
     Fault("dQ: a lane stores columns of four blocks", _POSTPROCESS, "transpose_in_quad(upper);", ""),
-    Fault("backward: a part takes keys of the next", _HOPPER_PARTS, "w.k_len = min(w.k_len, w.first_key + p.part);", ""),
-    Fault(
-        "backward: the last round of pieces begins one too late",
-        _WARPGROUPS,
-        "id = first + teams - 1 - place;",
-        "id = first + teams - place;",
-    ),
+    Fault("backward: a part takes the next's keys", _PARTS, "min(w.k_len, w.first_key + p.part);", "w.k_len;"),
+    Fault("backward: the last round of pieces is shifted", _WARPGROUPS, "+ teams - 1 - place;", "+ teams - place;"),
     Fault(
         "backward: gradients beyond key_lengths are left",
         _HOPPER_BACKWARD,
