@@ -13,7 +13,7 @@ GROUP = 64  # keys of one warpgroup
 # and dQ is multiplied, for all groups alike.
 COSTS = (0.45, 0.72, 1.0)
 # By so much the estimate must fall. Measured (docs/kernels.md, 41): of an estimated tenth a quarter came true, and
-# where the estimate was below 3% the call was as fast as before, or up to 2% slower: heads share less of the cache.
+# where the estimate gained 3% or less the call was as fast as before, or up to 2% slower.
 WORTH = 1.06
 # With more rounds of blocks than this, all of the last one is not worth a cut.
 _MOST_ROUNDS = 17
