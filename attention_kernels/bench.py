@@ -5,8 +5,8 @@
 Every method is first checked against ours (output and gradients); one that differs is marked and not timed, one that
 fails is listed with the reason. Rounds are interleaved: each round times every method once, and the medians over the
 rounds count. Times on a GPU are by events with L2 flushed. With --graphs replays of CUDA graphs are timed as well:
-theirs is the kernels' time, what a call takes beyond it the host's. Timings of a busy GPU mean nothing: nothing else
-may run.
+theirs is the kernels' time, what a call takes beyond it the host's. With --caller-thread backwards run in the thread
+that asks for them, not in autograd's own, which has to wake. Timings of a busy GPU mean nothing: nothing else may run.
 """
 
 import argparse
@@ -294,7 +294,7 @@ def _run(args: argparse.Namespace, command: list[str]) -> Report:
     if args.seconds <= 0 or args.rounds < 1:
         raise ValueError("--seconds must be positive and --rounds at least 1.")
     settings = {"dtype": args.dtype, "seconds": args.seconds, "rounds": args.rounds, "shapes": args.shapes}
-    settings |= {"kernels": families.asked(), "graphs": args.graphs}
+    settings |= {"kernels": families.asked(), "graphs": args.graphs, "caller_thread": args.caller_thread}
     date = datetime.now(UTC).isoformat(timespec="seconds")
     report = Report(date, command, describe_machine(device), settings)
     print(", ".join(f"{k} {v}" for k, v in report.environment.items() if v is not None) + "\n", flush=True)
@@ -305,7 +305,8 @@ def _run(args: argparse.Namespace, command: list[str]) -> Report:
             done = CaseReport(case, [Result(m.name, m.group, "not run", reason) for m in methods])
         else:
             rule = {"seconds": args.seconds, "rounds": args.rounds, "graphs": args.graphs}
-            done = measure_case(case, methods, dtype=DTYPES[args.dtype], device=device, **rule)
+            with torch.autograd.set_multithreading_enabled(not args.caller_thread):
+                done = measure_case(case, methods, dtype=DTYPES[args.dtype], device=device, **rule)
         report.cases.append(done)
         print(table(done, args.graphs) + "\n", flush=True)
         if args.json is not None:
@@ -339,6 +340,7 @@ def _parser(prog: str) -> Parser:
     parser.add_argument("--causal", action="store_true", help="time under a causal mask")
     parser.add_argument("--tiled", action="store_true", help="time our PyTorch form too")
     parser.add_argument("--graphs", action="store_true", help="time every method in CUDA graphs too: twice the time")
+    parser.add_argument("--caller-thread", action="store_true", help="run backwards in the thread that asks for them")
     parser.add_argument("--peers", help="of the peers, time those with one of these words in their names: flash,cudnn")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu; default: a GPU where there is one")
     parser.add_argument("--seconds", type=float, default=0.6, help="timing of a method in a case, about (default 0.6)")
