@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from attention_kernels import flash_attention, flash_attention_varlen, groups, reference_attention, standard_attention
+from attention_kernels import (
+    flash_attention,
+    flash_attention_varlen,
+    groups,
+    reference_attention,
+    standard,
+    standard_attention,
+)
 from attention_kernels.reference import reference_forward
 from tests.kernels.cases import (
     SEED,
@@ -179,6 +186,21 @@ def test_standard_attention_draws_the_same_mask():
     mine = torch.autograd.grad(out, leaves, cotangents(wanted.out, wanted.lse)[0])
     its = torch.autograd.grad(reference_attention(*leaves, **rule)[0], leaves, cotangents(wanted.out, wanted.lse)[0])
     torch.testing.assert_close(mine, its, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("key_lengths", [None, [41, 0]])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 40, 41, 47])
+def test_rows_of_standard_scores_begin_at_multiples_of_8(monkeypatch, length, causal, key_lengths):
+    q, k, v = inputs((2, 41, 2, 8), (2, length, 2, 8))
+    lengths = None if key_lengths is None else torch.tensor(key_lengths).clamp(max=length)
+    rule = {"causal": causal, "key_lengths": lengths}
+    wanted = answer(lambda *x: reference_attention(*x, **rule), q, k, v)
+    softmax, seen = standard._softmax, []
+    monkeypatch.setattr(standard, "_softmax", lambda s, visible: seen.append(s.shape[-1]) or softmax(s, visible))
+    out = standard_attention(q, k, v, **rule)
+    assert seen == [-(-length // 8) * 8]
+    torch.testing.assert_close(out, wanted.out, rtol=1e-12, atol=1e-12)
 
 
 def test_a_seed_is_drawn_from_torchs_generator():
