@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from attention_kernels import bench, bench_peers
 from attention_kernels.bench_cases import SETS, Case, make_cases, make_inputs
@@ -81,31 +80,6 @@ def test_peers_are_chosen_by_words_of_their_names(capsys, tmp_path):
     (case,) = read_json(tmp_path / "r.json").cases
     assert [r.method for r in case.results] == ["ours (cuda)", "ours (tiled)", "SDPA math", "torch varlen"]
     assert json.loads((tmp_path / "r.json").read_text())["settings"]["kernels"] == "auto"
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_backwards_run_in_the_thread_that_was_asked_for(monkeypatch, tmp_path, asked):
-    seen = []
-
-    def noting(call: Call) -> tuple[Tensor, ...]:
-        seen.append(torch._C._is_multithreading_enabled())
-        return torch.autograd.grad(call.forward(), call.leaves, call.dout)
-
-    monkeypatch.setattr(Call, "gradients", noting)
-    bench.main(
-        [
-            "--shapes",
-            "1x1x40x16",
-            "--peers",
-            "math",
-            *QUICK,
-            "--json",
-            str(tmp_path / "r.json"),
-            *["--caller-thread"] * asked,
-        ]
-    )
-    assert set(seen) == {not asked} and torch._C._is_multithreading_enabled()
-    assert json.loads((tmp_path / "r.json").read_text())["settings"]["caller_thread"] is asked
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 9, "cases": []}'])

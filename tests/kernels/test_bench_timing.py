@@ -1,12 +1,16 @@
 """The benchmark's clocks, with stand-ins for what only a GPU has."""
 
 import importlib.machinery
+import json
 import sys
 import types
 
+import pytest
 import torch
+from torch import Tensor
 
-from attention_kernels import bench_timing
+from attention_kernels import bench, bench_timing
+from attention_kernels.bench_peers import Call
 from attention_kernels.bench_timing import read_state
 
 CPU = torch.device("cpu")
@@ -83,3 +87,19 @@ def test_peak_memory_counts_what_a_call_adds(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
     assert bench_timing.peak_bytes(lambda: None, torch.device("cuda")) == 250
     assert bench_timing.peak_bytes(lambda: None, CPU) is None
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_backwards_run_in_the_thread_that_was_asked_for(monkeypatch, tmp_path, asked):
+    seen = []
+
+    def noting(call: Call) -> tuple[Tensor, ...]:
+        seen.append(torch._C._is_multithreading_enabled())
+        return torch.autograd.grad(call.forward(), call.leaves, call.dout)
+
+    monkeypatch.setattr(Call, "gradients", noting)
+    case = ["--shapes", "1x1x40x16", "--dtype", "float32", "--device", "cpu", "--peers", "math"]
+    quick = ["--seconds", "0.006", "--rounds", "1", "--json", str(tmp_path / "r.json")]
+    bench.main([*case, *quick, *["--caller-thread"] * asked])
+    assert set(seen) == {not asked} and torch._C._is_multithreading_enabled()
+    assert json.loads((tmp_path / "r.json").read_text())["settings"]["caller_thread"] is asked
